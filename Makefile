@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine (Python 3.10+):
+#   make train    sets up .venv and trains on real faces
+#   make test     sets up .venv and runs lint, types, mutants and tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+ARGS   ?=
+
+.PHONY: train test lint types mutants lock clean
+
+train: $(READY)
+	$(BIN)/protomem train $(ARGS)
+
+test: lint types mutants
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
+
+# The environment is rebuilt when the lock or the package's metadata changes.
+$(READY): requirements-dev.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+# Newest versions that support every Python from 3.10 on. torch alone is pinned by hand; what a CUDA build of torch
+# brings along (nvidia-*, triton) is its own business.
+TORCH := torch==2.13.0
+lock: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal --python-version 3.10 --quiet \
+	    --no-header --no-annotate | grep -vE '^(nvidia-|cuda-|triton)' >requirements-dev.lock.new
+	mv requirements-dev.lock.new requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
