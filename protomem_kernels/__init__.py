@@ -1,3 +1,64 @@
 """Prototype Memory for PyTorch: fused operators and modules for training embedding models on millions of identities."""
 
+from protomem_kernels.losses import DSoftmaxLoss, MarginSoftmaxLoss, PrototypeMemoryLoss, PrototypeMemoryStats
+from protomem_kernels.margins import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    DSoftmax,
+    ElasticFace,
+    MagFace,
+    SphereFace,
+)
+from protomem_kernels.memory import PrototypeMemory
+from protomem_kernels.mining import CurricularFace, HardestNegatives, HardSamples, MVSoftmax, NoisyNegativeFilter
+from protomem_kernels.ops import (
+    aggregate_prototypes,
+    enqueue_,
+    explain,
+    hardest_negatives,
+    margin_softmax_logits,
+    margin_softmax_loss,
+    use_backend,
+)
+from protomem_kernels.quality import CenterQuality, NormQuality, RecognizabilityQuality, SoftmaxQuality
+from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MarginSoftmaxStats, MemoryState
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdaFace",
+    "AggregatedPrototypes",
+    "ArcFace",
+    "CenterQuality",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "DSoftmax",
+    "DSoftmaxLoss",
+    "ElasticFace",
+    "EnqueueResult",
+    "HardSamples",
+    "HardestNegatives",
+    "MVSoftmax",
+    "MagFace",
+    "MarginSoftmaxLoss",
+    "MarginSoftmaxStats",
+    "MemoryState",
+    "NoisyNegativeFilter",
+    "NormQuality",
+    "PrototypeMemory",
+    "PrototypeMemoryLoss",
+    "PrototypeMemoryStats",
+    "RecognizabilityQuality",
+    "SoftmaxQuality",
+    "SphereFace",
+    "aggregate_prototypes",
+    "enqueue_",
+    "explain",
+    "hardest_negatives",
+    "margin_softmax_logits",
+    "margin_softmax_loss",
+    "use_backend",
+]

@@ -1,0 +1,105 @@
+"""The one place where arguments are checked. Messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Return the shape as text: ``(512, 256)``."""
+    return str(tuple(tensor.shape))
+
+
+def check_tensor(name: str, value: Any, ndim: int, what: str, *, floating: bool) -> None:
+    """Check type, rank and kind of dtype; ``what`` spells the shape out, such as ``(B, D)``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {what}, got {type(value).__name__}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must have shape {what}, got {shape_of(value)}")
+    if floating and not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if not floating and value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+
+
+def check_matches(name: str, value: Tensor, shape: tuple[int, ...], other_name: str, other: Tensor) -> None:
+    """Check the exact shape, and that the tensor lies on the device of ``other``."""
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {shape} to match {other_name} {shape_of(other)}, got {shape_of(value)}"
+        )
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
+
+
+def check_batch(embeddings: Any, labels: Any, name: str = "labels") -> None:
+    """Check ``embeddings`` (B, D) floating and ``labels`` (B,) integers."""
+    check_tensor("embeddings", embeddings, 2, "(B, D)", floating=True)
+    if embeddings.shape[1] == 0:
+        raise ValueError(f"embeddings must have at least one column, got {shape_of(embeddings)}")
+    check_tensor(name, labels, 1, "(B,)", floating=False)
+    check_matches(name, labels, (embeddings.shape[0],), "embeddings", embeddings)
+
+
+def check_prototypes(prototypes: Any, embeddings: Tensor) -> None:
+    """Check ``prototypes`` (M, D) against ``embeddings`` (B, D)."""
+    check_tensor("prototypes", prototypes, 2, "(M, D)", floating=True)
+    if prototypes.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"prototypes must have shape (M, {embeddings.shape[1]}) to match embeddings {shape_of(embeddings)}, "
+            f"got {shape_of(prototypes)}"
+        )
+    if prototypes.device != embeddings.device:
+        raise ValueError(f"prototypes must be on {embeddings.device} like embeddings, got {prototypes.device}")
+
+
+def check_occupied(occupied: Any, prototypes: Tensor) -> None:
+    """Check ``occupied`` (M,) bool or None."""
+    if occupied is None:
+        return
+    if not isinstance(occupied, Tensor) or occupied.dtype != torch.bool:
+        came = occupied.dtype if isinstance(occupied, Tensor) else type(occupied).__name__
+        raise TypeError(f"occupied must be a bool tensor of shape (M,), got {came}")
+    check_matches("occupied", occupied, (prototypes.shape[0],), "prototypes", prototypes)
+
+
+def check_int(name: str, value: Any, *, at_least: int) -> None:
+    """Check a Python int (not a bool) with a lower bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Check a finite Python number in ``[low, high]``, or ``(low, high]`` if ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    inside = low < value <= high if open_low else low <= value <= high
+    if not inside or not math.isfinite(value):
+        bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
+        raise ValueError(f"{name} must be in {bounds}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Check one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def refuse_targets_past_the_end(targets: Tensor, slots: int, name: str = "targets") -> None:
+    """Raise if a target lies past the last slot; reads values."""
+    if targets.numel() and int(targets.max()) >= slots:
+        raise ValueError(f"{name} must be below {slots}, the number of prototypes, got {int(targets.max())}")
+
+
+def refuse_bad_weights(weights: Tensor) -> None:
+    """Raise if a weight is negative or not finite; reads values."""
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bool(bad.any()):
+        at = int(bad.int().argmax())
+        raise ValueError(f"weights must be finite and not negative, got {weights[at].item()} at index {at}")

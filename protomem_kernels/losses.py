@@ -1,0 +1,363 @@
+"""Training heads: ``PrototypeMemoryLoss``, ``MarginSoftmaxLoss`` and ``DSoftmaxLoss``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from protomem_kernels import reference
+from protomem_kernels._checks import check_choice, check_int
+from protomem_kernels.margins import ArcFace, DSoftmax, Margin
+from protomem_kernels.memory import PrototypeMemory, sample_slots
+from protomem_kernels.mining import MiningRule
+from protomem_kernels.ops import hardest_negatives, margin_softmax_loss
+from protomem_kernels.ops.margin_softmax_loss import REDUCTIONS, Bank, check_objective, loss_over_banks
+from protomem_kernels.quality import QualityEstimator
+from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
+
+PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
+
+
+class PrototypeMemoryStats(NamedTuple):
+    """What one step of ``PrototypeMemoryLoss`` saw, for ``B`` samples; detached, nothing is read back.
+
+    Attributes:
+        target_cosine: (B,) cosine to the sample's own prototype, 0 if ignored.
+        target_probability: (B,) softmax probability of the target, margin included, 0 if ignored.
+        hardest_cosine: (B,) cosine to the nearest other prototype, -inf if there is none.
+        hardest_identity: (B,) int64, whose it is, -1 if there is none.
+        entered: () int64, identities enqueued in this step.
+        refreshed: () int64, identities refreshed.
+        left: () int64, identities dequeued.
+    """
+
+    target_cosine: Tensor
+    target_probability: Tensor
+    hardest_cosine: Tensor
+    hardest_identity: Tensor
+    entered: Tensor
+    refreshed: Tensor
+    left: Tensor
+
+
+class PrototypeMemoryLoss(nn.Module):
+    """Margin softmax against a circular memory of prototypes: one training head, no class count anywhere.
+
+    A step in training mode: quality weights, aggregation, enqueue or refresh, loss against the whole memory; so every
+    identity of the batch has its target column. In ``eval()`` mode the memory is only read, and samples whose identity
+    is not in it are ignored. All state is in ``state_dict()``.
+
+    Args:
+        embedding_dim: D.
+        capacity: M, the number of prototypes kept.
+        margin: see ``protomem_kernels.margins``; a ``DSoftmax`` for that loss.
+        scale: s > 0.
+        mining: see ``protomem_kernels.mining``.
+        quality: see ``protomem_kernels.quality``; None: every image weighs the same (plain Prototype Memory).
+        refresh_ratio: share of the new prototype when an identity returns, in [0, 1].
+        policy: "fifo" or "lru".
+        prototype_gradient: what the papers leave open.
+            "none": the memory is a buffer and the loss moves the encoder through the embeddings alone.
+            "fresh": rows written in this step keep their graph through refresh and aggregation; older rows are
+            constants. No (M, D) gradient exists.
+            "memory": rows are also a parameter that the optimiser steps; call ``attach_optimizer`` once.
+        reduction: "mean" over the samples that are not ignored, "sum" or "none".
+        dtype: of the memory.
+        device: of the memory.
+
+    Shapes:
+        ``forward(embeddings (B, D) floating, labels (B,) int, weights (B,) or None) -> loss``; labels may be any
+        int64, negative ones are ignored. Samples whose identity got no prototype (antipodal images) are ignored; a
+        sample that is not finite makes the loss non-finite, and never enters the memory.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range.
+
+    Example:
+        >>> loss_fn = PrototypeMemoryLoss(embedding_dim=2, capacity=8, margin=ArcFace(0.3), scale=8.0)
+        >>> embeddings = torch.tensor([[1.0, 0.2], [0.1, 2.0]], requires_grad=True)
+        >>> loss = loss_fn(embeddings, torch.tensor([1001, 77]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), len(loss_fn.memory)
+        (0.0034, 2)
+
+    Source: Smirnov et al., arXiv 2105.02103 and 2311.07734.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        capacity: int,
+        *,
+        margin: Margin | DSoftmax = ArcFace(0.5),
+        scale: float = 64.0,
+        mining: MiningRule | None = None,
+        quality: QualityEstimator | None = None,
+        refresh_ratio: float = 0.2,
+        policy: str = "fifo",
+        prototype_gradient: str = "none",
+        reduction: str = "mean",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_objective(margin, scale, mining)
+        if quality is not None and (not callable(quality) or isinstance(quality, type)):
+            raise TypeError(f"quality must be a quality estimator or None, got {quality!r}")
+        check_choice("prototype_gradient", prototype_gradient, PROTOTYPE_GRADIENTS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.margin, self.scale, self.mining, self.quality = margin, float(scale), mining, quality
+        self.prototype_gradient, self.reduction = prototype_gradient, reduction
+        self.memory = PrototypeMemory(
+            capacity,
+            embedding_dim,
+            refresh_ratio=refresh_ratio,
+            policy=policy,
+            dtype=dtype,
+            device=device,
+            learnable=prototype_gradient == "memory",
+        )
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def extra_repr(self) -> str:
+        """Return the settings that are no modules."""
+        plain = {"margin": self.margin, "mining": self.mining, "quality": self.quality}
+        shown = [f"{name}={value!r}" for name, value in plain.items() if not isinstance(value, nn.Module)]
+        return ", ".join([*shown, f"scale={self.scale:g}", f"prototype_gradient={self.prototype_gradient!r}"])
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimiser that steps ``memory.prototypes`` keep the memory's rules (``prototype_gradient="memory"``).
+
+        After each of its steps the rows are scaled back to unit length, and when a new identity takes a slot, the
+        optimiser's state for that slot (momentum and the like) is cleared.
+
+        Raises:
+            ValueError: the optimiser does not hold ``memory.prototypes``, or the prototypes are no parameter.
+        """
+        if self.prototype_gradient != "memory":
+            raise ValueError(
+                f"prototype_gradient must be 'memory' to attach an optimizer, got {self.prototype_gradient!r}"
+            )
+        if not any(p is self.memory.prototypes for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer must hold memory.prototypes: pass it loss_fn.parameters() as well")
+        self._optimizer = optimizer
+        optimizer.register_step_post_hook(lambda *_: reference.normalize_rows_(self.memory.prototypes.detach()))
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None, *, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
+        """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
+        targets, banks, counts = (
+            self._write(embeddings, labels, weights, return_stats) if self.training else self._read(embeddings, labels)
+        )
+        result = loss_over_banks(
+            embeddings,
+            banks,
+            margin=self.margin,
+            scale=self.scale,
+            mining=self.mining,
+            normalize_prototypes=False,
+            reduction=self.reduction,
+            return_stats=return_stats,
+        )
+        if not return_stats:
+            assert isinstance(result, Tensor)
+            return result
+        loss, seen = result
+        return loss, self._stats(embeddings, targets, seen, counts)
+
+    def _read(self, embeddings: Tensor, labels: Tensor) -> _Step:
+        """Look the batch's identities up; nothing is written."""
+        targets = _show_broken(self.memory.lookup(labels), embeddings, labels)
+        bank = Bank(self.memory.prototypes, targets, self.memory.occupied)
+        return _Step(targets, [bank], torch.zeros(3, dtype=torch.int64, device=targets.device))
+
+    def _write(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None, count: bool) -> _Step:
+        """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
+        if self.prototype_gradient == "memory" and self._optimizer is None:
+            raise RuntimeError("prototype_gradient='memory' needs attach_optimizer(optimizer) before the first step")
+        if weights is None and self.quality is not None:
+            weights = self.quality(embeddings, labels)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.prototype_gradient == "fresh"):
+            made = self.memory.aggregate(embeddings, labels, weights)
+
+        if self.prototype_gradient == "none" and not count:
+            slots, _ = self.memory.enqueue(made)
+            targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
+            return _Step(targets, [Bank(self.memory.prototypes, targets, self.memory.occupied)], None)
+
+        before = self.memory.lookup(made.identities)
+        old = self.memory.prototypes.detach().index_select(0, before.clamp(min=0)).to(made.prototypes.dtype)
+        slots, evicted = self.memory.enqueue(made)
+        entered = (slots >= 0) & (before < 0)
+        counts = torch.stack([entered.sum(), ((slots >= 0) & (before >= 0)).sum(), (evicted >= 0).sum()])
+        targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
+        if self.prototype_gradient == "fresh":
+            return _Step(targets, self._fresh_banks(made, slots, before >= 0, old, targets), counts)
+        if self.prototype_gradient == "memory":
+            self._clear_optimizer_state(torch.where(entered, slots, -1))
+        return _Step(targets, [Bank(self.memory.prototypes, targets, self.memory.occupied)], counts)
+
+    def _fresh_banks(
+        self, made: AggregatedPrototypes, slots: Tensor, known: Tensor, old: Tensor, targets: Tensor
+    ) -> list[Bank]:
+        """Return the memory without the slots written in this step, and the rows in them with their graph."""
+        fresh = reference.refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
+        written = _slot_mask(slots, self.memory.capacity)
+        return [
+            Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
+            Bank(fresh, torch.where(targets >= 0, made.index, -1), slots >= 0),
+        ]
+
+    def _clear_optimizer_state(self, slots: Tensor) -> None:
+        """Zero the optimiser's memory of the slots (P,) that new identities took; -1 is none."""
+        assert self._optimizer is not None
+        mask = _slot_mask(slots, self.memory.capacity)[:, None]
+        for value in self._optimizer.state.get(self.memory.prototypes, {}).values():
+            if isinstance(value, Tensor) and value.shape == self.memory.prototypes.shape:
+                value.masked_fill_(mask, 0)
+
+    @torch.no_grad()
+    def _stats(
+        self, embeddings: Tensor, targets: Tensor, seen: MarginSoftmaxStats, counts: Tensor | None
+    ) -> PrototypeMemoryStats:
+        assert counts is not None
+        nearest, slots = hardest_negatives(
+            embeddings.detach(), self.memory.prototypes.detach(), targets, k=1, occupied=self.memory.occupied
+        )
+        identity = torch.where(slots >= 0, self.memory.identities[slots.clamp(min=0)], -1)
+        return PrototypeMemoryStats(
+            seen.target_cosine, seen.target_probability, nearest[:, 0], identity[:, 0], *counts.unbind()
+        )
+
+
+class _Step(NamedTuple):
+    """What the loss runs over: samples' slots (B,), banks, and how many entered, were refreshed and left (3,)."""
+
+    targets: Tensor
+    banks: list[Bank]
+    counts: Tensor | None
+
+
+def _slot_mask(slots: Tensor, capacity: int) -> Tensor:
+    """Return (M,) bool: the slots listed in (P,); -1 is none."""
+    mask = torch.zeros(capacity + 1, dtype=torch.bool, device=slots.device)
+    return mask.index_fill_(0, torch.where(slots < 0, capacity, slots), True)[:capacity]
+
+
+def _show_broken(targets: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Give samples with a label, no slot and a non-finite embedding the target 0, whatever stands there.
+
+    Such an embedding keeps its identity out of the memory; ignoring it as well would hide a diverged encoder (and keep
+    a gradient scaler from backing off). With a target its loss is non-finite, and only its own.
+    """
+    broken = (labels >= 0) & (targets < 0) & ~torch.isfinite(embeddings.detach()).all(dim=1)
+    return torch.where(broken, 0, targets)
+
+
+class MarginSoftmaxLoss(nn.Module):
+    """Margin softmax over learnable class weights: what an ArcFace head is, with the (B, C) logits never materialised.
+
+    Args:
+        num_classes: C.
+        embedding_dim: D.
+        margin, scale, mining, reduction: as in ``margin_softmax_loss``.
+        dtype, device: of the weights.
+
+    Parameter: ``weight`` (C, D), drawn from N(0, 0.01); its rows are scaled to unit length inside the loss.
+
+    Shapes:
+        ``forward(embeddings (B, D) floating, labels (B,) int in [0, C), negative: ignored) -> loss``.
+
+    Example:
+        >>> head = MarginSoftmaxLoss(num_classes=10, embedding_dim=4)
+        >>> head(torch.randn(2, 4), torch.tensor([3, 9])).shape
+        torch.Size([])
+
+    Source: Deng et al., ArcFace, arXiv 1801.07698.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        margin: Margin | DSoftmax = ArcFace(0.5),
+        scale: float = 64.0,
+        mining: MiningRule | None = None,
+        reduction: str = "mean",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("num_classes", num_classes, at_least=1)
+        check_int("embedding_dim", embedding_dim, at_least=1)
+        check_objective(margin, scale, mining)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.margin, self.scale, self.mining, self.reduction = margin, float(scale), mining, reduction
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the class weights anew."""
+        nn.init.normal_(self.weight, std=0.01)
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        num_classes, embedding_dim = self.weight.shape
+        return f"num_classes={num_classes}, embedding_dim={embedding_dim}, margin={self.margin!r}, scale={self.scale:g}"
+
+    def forward(self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False) -> Any:
+        """Return the loss of a batch; with ``return_stats`` also ``MarginSoftmaxStats``."""
+        return margin_softmax_loss(
+            embeddings,
+            self.weight,
+            labels,
+            margin=self.margin,
+            scale=self.scale,
+            mining=self.mining,
+            normalize_prototypes=True,
+            reduction=self.reduction,
+            return_stats=return_stats,
+        )
+
+
+class DSoftmaxLoss(MarginSoftmaxLoss):
+    """D-Softmax over learnable class weights: softplus(s (d - c)) + softplus(n), pull and push apart.
+
+    Args:
+        num_classes: C.
+        embedding_dim: D.
+        d: the target cosine that counts as reached.
+        scale: s > 0.
+        mining, reduction, dtype, device: as in ``MarginSoftmaxLoss``.
+
+    Against a memory instead of class weights: ``PrototypeMemoryLoss(..., margin=DSoftmax(0.9), scale=30.0)``.
+
+    Source: He et al., Softmax Dissection, arXiv 1908.01281.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        d: float = 0.9,
+        scale: float = 30.0,
+        mining: MiningRule | None = None,
+        reduction: str = "mean",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            embedding_dim,
+            margin=DSoftmax(d),
+            scale=scale,
+            mining=mining,
+            reduction=reduction,
+            dtype=dtype,
+            device=device,
+        )

@@ -1,0 +1,329 @@
+"""Margins: what a classifier asks of a sample's target cosine beyond being the largest.
+
+A margin is any callable ``(target_cosine (B,), embedding_norm (B,)) -> modified target cosine (B,)`` in plain PyTorch.
+Those without state are frozen dataclasses; those with running statistics are ``nn.Module``s whose buffers are saved.
+``bind(embedding_norm)`` fixes a batch's margins before its cosines are known (statistics are updated and random margins
+drawn once) and returns the function of the cosine alone; a margin that is a plain function needs no ``bind``.
+
+All angles are radians. theta is the angle between an embedding and its prototype, c = cos(theta).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from protomem_kernels._checks import check_choice, check_number
+
+CosineMap = Callable[[Tensor], Tensor]
+Margin = Callable[[Tensor, Tensor], Tensor]
+
+
+def bind(margin: Margin, embedding_norm: Tensor) -> CosineMap:
+    """Return the margin as a function of the target cosine alone, for a batch with these norms (B,)."""
+    own = getattr(margin, "bind", None)
+    if own is not None:
+        return cast(CosineMap, own(embedding_norm))
+    return lambda cosine: margin(cosine, embedding_norm)
+
+
+def safe_sine(cosine: Tensor) -> Tensor:
+    """Return sin(theta) = sqrt(1 - c^2) exactly, with a derivative that stays bounded: 0 once 1 - c^2 is mere rounding.
+
+    A prototype made of one image *is* its embedding, so c = 1 to the last bit is routine.
+    """
+    squared = 1 - cosine * cosine
+    floor = 8 * torch.finfo(cosine.dtype).eps
+    differentiable = squared.clamp(min=floor).sqrt()
+    return differentiable + (squared.clamp(min=0).sqrt() - differentiable).detach()
+
+
+def safe_angle(cosine: Tensor) -> Tensor:
+    """Return theta = arccos(c), with the derivative -1 / sin(theta) bounded likewise."""
+    value = cosine.detach().clamp(-1, 1)
+    sine = (1 - value * value).clamp(min=8 * torch.finfo(cosine.dtype).eps).sqrt()
+    return value.acos() - (cosine - cosine.detach()) / sine
+
+
+def add_angle(cosine: Tensor, margin: Tensor | float) -> Tensor:
+    """Return cos(theta + margin), whatever the sum, without computing theta."""
+    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    return cosine * m.cos() - safe_sine(cosine) * m.sin()
+
+
+def guarded_add_angle(cosine: Tensor, margin: Tensor | float) -> Tensor:
+    """Return cos(theta + margin) while theta + margin <= pi, else c - margin sin(margin), so that it keeps falling."""
+    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    return torch.where(cosine >= -m.cos(), add_angle(cosine, m), cosine - m * m.sin())
+
+
+@dataclass(frozen=True)
+class ArcFace:
+    """Additive angular margin: cos(theta + m) if theta + m <= pi, else c - m sin m.
+
+    Args:
+        m: margin in radians, in [0, pi).
+        straight_through: keep the value cos(theta + m) without the fallback and let dT/dc be 1.
+
+    >>> ArcFace(0.5)(torch.tensor([1.0, 0.0]), torch.ones(2))
+    tensor([ 0.8776, -0.4794])
+
+    Source: Deng et al., ArcFace, arXiv 1801.07698; ``straight_through`` is what insightface's PyTorch code computes.
+    """
+
+    m: float = 0.5
+    straight_through: bool = False
+
+    def __post_init__(self) -> None:
+        _check_angle("m", self.m)
+
+    def unguarded(self, cosine: Tensor) -> Tensor:
+        """Return cos(theta + m), whatever the sum."""
+        return add_angle(cosine, self.m)
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines."""
+        if self.straight_through:
+            return target_cosine + (self.unguarded(target_cosine) - target_cosine).detach()
+        return guarded_add_angle(target_cosine, self.m)
+
+
+@dataclass(frozen=True)
+class CosFace:
+    """Additive cosine margin: c - m.
+
+    Args:
+        m: margin, a difference of cosines, >= 0.
+
+    Source: Wang et al., CosFace, arXiv 1801.09414.
+    """
+
+    m: float = 0.40
+
+    def __post_init__(self) -> None:
+        check_number("m", self.m, low=0)
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines."""
+        return target_cosine - self.m
+
+
+@dataclass(frozen=True)
+class CombinedMargin:
+    """cos(m1 theta + m2) - m3 while m1 theta + m2 <= pi; beyond, c - a sin a - m3 with the margin a as it stands there.
+
+    a = (m1 - 1) theta + m2 is the angle by which the sample is pushed at its theta, taken as a constant and at most
+    pi/2; for m1 = 1 this is ArcFace's guard.
+
+    Args:
+        m1: factor of the angle, >= 1.
+        m2: angle added, radians, in [0, pi).
+        m3: cosine subtracted, >= 0.
+
+    Source: Deng et al., ArcFace, arXiv 1801.07698, equation 4.
+    """
+
+    m1: float = 1.0
+    m2: float = 0.5
+    m3: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("m1", self.m1, low=1)
+        _check_angle("m2", self.m2)
+        check_number("m3", self.m3, low=0)
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines."""
+        if self.m1 == 1:
+            return guarded_add_angle(target_cosine, self.m2) - self.m3
+        theta = safe_angle(target_cosine)
+        pushed = self.m1 * theta + self.m2
+        a = (pushed - theta).detach().clamp(max=math.pi / 2)
+        return torch.where(pushed <= math.pi, pushed.cos(), target_cosine - a * a.sin()) - self.m3
+
+
+@dataclass(frozen=True)
+class SphereFace:
+    """Multiplicative angular margin: (-1)^k cos(m theta) - 2k with k = floor(m theta / pi); use it with ``scale=30``.
+
+    Args:
+        m: factor of the angle, >= 1.
+
+    Source: Liu et al., SphereFace, arXiv 1704.08063, in the form of SphereFace-R, arXiv 2109.05565.
+    """
+
+    m: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_number("m", self.m, low=1)
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines."""
+        angle = self.m * safe_angle(target_cosine)
+        k = (angle.detach() / math.pi).floor()
+        return (1 - 2 * (k % 2)) * angle.cos() - 2 * k
+
+
+class AdaFace(nn.Module):
+    """Margin that adapts to image quality, read off the embedding's norm.
+
+    With g = clip(h (|x| - mu) / (sigma + 1e-3), -1, 1): cos(theta - m g) - m (1 + g), the angle clipped to (0, pi).
+    Norms are clipped to [1e-3, 100] and detached; mu and sigma are running statistics of the norms, updated in training
+    mode. A batch of one sample leaves them untouched; zero embeddings (ignored samples come in as such) take no part.
+
+    Args:
+        m: margin, radians in its angular part, >= 0.
+        h: concentration, >= 0.
+        momentum: share of the new batch in the running statistics, in (0, 1].
+
+    Buffers: ``mean`` () and ``std`` () float32, starting at 20 and 100.
+
+    Source: Kim et al., AdaFace, arXiv 2204.00964.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, m: float = 0.4, h: float = 0.333, momentum: float = 0.01) -> None:
+        super().__init__()
+        check_number("m", m, low=0)
+        check_number("h", h, low=0)
+        check_number("momentum", momentum, low=0, high=1, open_low=True)
+        self.m, self.h, self.momentum = m, h, momentum
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return f"m={self.m}, h={self.h}, momentum={self.momentum}"
+
+    @torch.no_grad()
+    def _update(self, norm: Tensor, counts: Tensor) -> None:
+        number = counts.sum()
+        mean = torch.where(counts, norm, 0).sum() / number.clamp(min=1)
+        spread = torch.where(counts, norm - mean, 0).square().sum() / (number - 1).clamp(min=1)
+        share = torch.where((number > 1) & torch.isfinite(spread), self.momentum, 0.0)
+        self.mean.copy_(torch.where(share > 0, share * mean + (1 - share) * self.mean, self.mean))
+        self.std.copy_(torch.where(share > 0, share * spread.sqrt() + (1 - share) * self.std, self.std))
+
+    def bind(self, embedding_norm: Tensor) -> CosineMap:
+        """Update the statistics with a batch of norms (B,) and return its margin."""
+        norm = embedding_norm.detach().clamp(1e-3, 100)
+        if self.training:
+            self._update(norm, embedding_norm.detach() > 0)
+        g = (self.h * (norm - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
+
+        def apply(cosine: Tensor) -> Tensor:
+            theta = safe_angle(cosine)
+            return (theta - self.m * g).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + g)
+
+        return apply
+
+    def forward(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
+        return self.bind(embedding_norm)(target_cosine)
+
+
+@dataclass(frozen=True)
+class MagFace:
+    """ArcFace with a margin that grows with the embedding's norm, and a regulariser that rewards large norms.
+
+    With a = |x| clipped to [l_a, u_a]: m(a) = l_m + (u_m - l_m) (a - l_a) / (u_a - l_a), and the loss of each sample
+    gets ``regularizer * (a / u_a**2 + 1 / a)``. The norm is not detached.
+
+    Args:
+        l_a: norm at which the margin is smallest, > 0.
+        u_a: norm at which it is largest.
+        l_m: smallest margin, radians.
+        u_m: largest margin, radians.
+        regularizer: weight of the regulariser, >= 0.
+
+    Source: Meng et al., MagFace, arXiv 2103.06627.
+    """
+
+    l_a: float = 10.0
+    u_a: float = 110.0
+    l_m: float = 0.45
+    u_m: float = 0.8
+    regularizer: float = 35.0
+
+    def __post_init__(self) -> None:
+        check_number("l_a", self.l_a, low=0, open_low=True)
+        check_number("u_a", self.u_a, low=self.l_a, open_low=True)
+        _check_angle("l_m", self.l_m)
+        _check_angle("u_m", self.u_m)
+        check_number("regularizer", self.regularizer, low=0)
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
+        a = embedding_norm.clamp(self.l_a, self.u_a)
+        m = self.l_m + (self.u_m - self.l_m) * (a - self.l_a) / (self.u_a - self.l_a)
+        return guarded_add_angle(target_cosine, m)
+
+    def penalty(self, embedding_norm: Tensor) -> Tensor:
+        """Return what is added to each sample's loss (B,)."""
+        a = embedding_norm.clamp(self.l_a, self.u_a)
+        return self.regularizer * (a / self.u_a**2 + 1 / a)
+
+
+@dataclass(frozen=True)
+class ElasticFace:
+    """ArcFace or CosFace with a margin drawn anew for every sample from a normal distribution.
+
+    Args:
+        m: mean of the margin; radians for "arc", a difference of cosines for "cos".
+        std: its standard deviation, >= 0.
+        kind: "arc" or "cos".
+        generator: where the margins are drawn from, on the embeddings' device. Default: PyTorch's own.
+
+    Source: Boutros et al., ElasticFace, arXiv 2109.09416.
+    """
+
+    m: float = 0.5
+    std: float = 0.05
+    kind: str = "arc"
+    generator: torch.Generator | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        check_number("m", self.m, low=0)
+        check_number("std", self.std, low=0)
+        check_choice("kind", self.kind, ("arc", "cos"))
+
+    def bind(self, embedding_norm: Tensor) -> CosineMap:
+        """Draw the margins of a batch and return the function that applies them."""
+        shape, dtype, device = embedding_norm.shape, embedding_norm.dtype, embedding_norm.device
+        m = self.m + self.std * torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+        return (lambda c: guarded_add_angle(c, m)) if self.kind == "arc" else (lambda c: c - m)
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Draw margins and apply them to (B,) cosines."""
+        return self.bind(embedding_norm)(target_cosine)
+
+
+@dataclass(frozen=True)
+class DSoftmax:
+    """Not a margin but a loss of its own, taken in a margin's place: softplus(s (d - c)) + softplus(n); ``scale=30``.
+
+    It parts the pull to the target from the push off the negatives, n being the log-sum-exp over the negatives.
+
+    Args:
+        d: the cosine from which on a target counts as reached, in [-1, 1].
+
+    Source: He et al., Softmax Dissection, arXiv 1908.01281.
+    """
+
+    d: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_number("d", self.d, low=-1, high=1)
+
+
+def _check_angle(name: str, value: float) -> None:
+    check_number(name, value, low=0)
+    if value >= math.pi:
+        raise ValueError(f"{name} is an angle in radians and must be below pi, got {value} (degrees?)")

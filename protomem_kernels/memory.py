@@ -1,0 +1,190 @@
+"""``PrototypeMemory``: the circular memory as a module around the five state tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor
+from protomem_kernels.ops import aggregate_prototypes, enqueue_, find_slots, hardest_negatives
+from protomem_kernels.ops.enqueue import POLICIES
+from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
+
+
+class PrototypeMemory(nn.Module):
+    """A limited memory of recent prototypes: made from the batch, refreshed on return, the oldest dequeued.
+
+    The five state tensors are persistent buffers (``prototypes`` a parameter if ``learnable``): ``state_dict()``
+    round-trips, and training continues bit for bit, the ring's position included.
+
+    Args:
+        capacity: M, the number of slots.
+        embedding_dim: D.
+        refresh_ratio: share of the new prototype when an identity returns, in [0, 1].
+        policy: which slots new identities take: "fifo" (the ring) or "lru" (the least recently written).
+        dtype: of the prototypes; they are computed in float32 (float64) and rounded once.
+        device: where the memory lives.
+        learnable: make ``prototypes`` an ``nn.Parameter``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range.
+
+    Example:
+        >>> memory = PrototypeMemory(capacity=4, embedding_dim=2)
+        >>> memory.update(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([12, 7]))  # their slots
+        tensor([1, 0])
+        >>> len(memory), memory.lookup(torch.tensor([7, 8]))
+        (2, tensor([ 0, -1]))
+
+    Source: Smirnov et al., Prototype Memory, arXiv 2105.02103.
+    """
+
+    prototypes: Tensor
+    identities: Tensor
+    stamps: Tensor
+    cursor: Tensor
+    clock: Tensor
+
+    def __init__(
+        self,
+        capacity: int,
+        embedding_dim: int,
+        *,
+        refresh_ratio: float = 0.2,
+        policy: str = "fifo",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        learnable: bool = False,
+    ) -> None:
+        super().__init__()
+        check_number("refresh_ratio", refresh_ratio, low=0, high=1)
+        check_choice("policy", policy, POLICIES)
+        self.refresh_ratio, self.policy = float(refresh_ratio), policy
+        state = MemoryState.empty(capacity, embedding_dim, dtype=dtype, device=device)
+        if learnable:
+            self.prototypes = nn.Parameter(state.prototypes)
+        else:
+            self.register_buffer("prototypes", state.prototypes)
+        for name in ("identities", "stamps", "cursor", "clock"):
+            self.register_buffer(name, getattr(state, name))
+
+    @property
+    def capacity(self) -> int:
+        """M, the number of slots."""
+        return self.prototypes.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.prototypes.shape[1]
+
+    @property
+    def state(self) -> MemoryState:
+        """The five tensors themselves, not copies."""
+        return MemoryState(self.prototypes, self.identities, self.stamps, self.cursor, self.clock)
+
+    @property
+    def occupied(self) -> Tensor:
+        """(M,) bool: which slots hold an identity."""
+        return self.identities >= 0
+
+    def __len__(self) -> int:
+        """Return the number of identities in the memory; on a GPU this synchronises."""
+        return int(self.occupied.sum())
+
+    def __bool__(self) -> bool:
+        """Return True: an empty memory is still a memory."""
+        return True
+
+    def extra_repr(self) -> str:
+        """Return the settings and how full the memory is."""
+        filled = "?" if self.identities.is_meta else len(self)
+        return (
+            f"{filled}/{self.capacity} identities, embedding_dim={self.embedding_dim}, "
+            f"refresh_ratio={self.refresh_ratio:g}, policy={self.policy!r}, dtype={self.prototypes.dtype}"
+        )
+
+    def aggregate(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> AggregatedPrototypes:
+        """Make the batch's prototypes, padded to min(B, M) rows so that no size depends on data.
+
+        Args:
+            embeddings: (B, D) floating.
+            labels: (B,) int; negative: the sample takes no part.
+            weights: (B,) floating >= 0. Default: all 1.
+
+        Raises:
+            ValueError: also if the batch holds more identities than the memory has slots (CPU tensors).
+        """
+        check_batch(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"embeddings must have shape (B, {self.embedding_dim}) to match the memory's embedding_dim, "
+                f"got {tuple(embeddings.shape)}"
+            )
+        rows = min(embeddings.shape[0], self.capacity)
+        return aggregate_prototypes(embeddings, labels, weights, max_identities=rows)
+
+    def enqueue(self, aggregated: AggregatedPrototypes) -> EnqueueResult:
+        """Refresh or enqueue the batch's prototypes."""
+        return enqueue_(
+            self.state,
+            aggregated.prototypes,
+            aggregated.identities,
+            refresh_ratio=self.refresh_ratio,
+            policy=self.policy,
+        )
+
+    @torch.no_grad()
+    def update(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Aggregate the batch's prototypes and write them into the memory, in any mode of the module.
+
+        Args:
+            embeddings: (B, D) floating, raw encoder outputs.
+            labels: (B,) int64 or int32; negative: the sample takes no part.
+            weights: (B,) floating >= 0, the quality of each image. Default: all 1.
+
+        Returns:
+            (B,) int64: the slot of each sample's identity, -1 where there is none.
+        """
+        aggregated = self.aggregate(embeddings, labels, weights)
+        return sample_slots(self.enqueue(aggregated).slots, aggregated.index)
+
+    @torch.no_grad()
+    def lookup(self, labels: Tensor) -> Tensor:
+        """Return the slot of each label (B,) int64, -1 where it is not in the memory or negative."""
+        check_tensor("labels", labels, 1, "(B,)", floating=False)
+        return find_slots(self.identities, labels)
+
+    @torch.no_grad()
+    def doppelgangers(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k identities that look most like each given one.
+
+        Args:
+            labels: (N,) int, identities.
+            k: how many, >= 1.
+
+        Returns:
+            ``(cosines (N, k), identities (N, k) int64)``, descending; (-inf, -1) where there are fewer, or where the
+            label is not in the memory.
+        """
+        check_int("k", k, at_least=1)
+        slots = self.lookup(labels)
+        queries = self.prototypes.index_select(0, slots.clamp(min=0))
+        cosines, found = hardest_negatives(queries, self.prototypes, slots, k=k, occupied=self.occupied)
+        known = (slots >= 0)[:, None] & (found >= 0)
+        identities = self.identities[found.clamp(min=0)]
+        return torch.where(known, cosines, float("-inf")), torch.where(known, identities, -1)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget every identity and start over."""
+        self.prototypes.zero_()
+        self.identities.fill_(-1)
+        for tensor in (self.stamps, self.cursor, self.clock):
+            tensor.zero_()
+
+
+def sample_slots(slots: Tensor, index: Tensor) -> Tensor:
+    """Return each sample's slot (B,) from its identity's (P,) and the row of its identity (B,); -1 is none."""
+    padded = torch.cat([slots, slots.new_full((1,), -1)])
+    return padded[torch.where(index < 0, slots.shape[0], index)]

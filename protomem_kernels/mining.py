@@ -1,0 +1,179 @@
+"""Mining rules: which negatives, or which samples, count for more or for nothing.
+
+Three kinds, told apart by what they have: ``hard_negatives(...)`` reshapes negatives above a threshold,
+``HardestNegatives`` sums over a chosen few, ``HardSamples`` averages over a share of the batch. Those without state are
+frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from protomem_kernels._checks import check_choice, check_int, check_number
+from protomem_kernels.margins import Margin
+from protomem_kernels.types import HardNegativeForm
+
+
+@runtime_checkable
+class ReshapesNegatives(Protocol):
+    """A rule that reshapes negatives above a threshold; anything with this method is one."""
+
+    def hard_negatives(
+        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
+    ) -> HardNegativeForm:
+        """Return the form for a batch.
+
+        Args:
+            target_cosine: (B,) detached.
+            counts: (B,) bool, False for ignored samples.
+            margin: the loss's margin.
+            modified: returns the target cosine with the margin applied, (B,) detached.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MVSoftmax:
+    """Emphasise misclassified negatives: where cos > T(c), the negative becomes (t + 1) cos + t ("adaptive").
+
+    Args:
+        t: emphasis, >= 0.
+        kind: "adaptive", or "fixed" for cos + t.
+
+    Source: Wang et al., Mis-classified Vector Guided Softmax, arXiv 1912.00833.
+    """
+
+    t: float = 0.2
+    kind: str = "adaptive"
+
+    def __post_init__(self) -> None:
+        check_number("t", self.t, low=0)
+        check_choice("kind", self.kind, ("adaptive", "fixed"))
+
+    def hard_negatives(
+        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
+    ) -> HardNegativeForm:
+        """Return tau = T(c) and the linear form."""
+        a = self.t + 1 if self.kind == "adaptive" else 1.0
+        # For cos >= -1, a cos + t >= -1.
+        return HardNegativeForm(modified(), target_cosine.new_tensor([a, self.t, 0.0]), -1.0, a + self.t, a)
+
+
+class CurricularFace(nn.Module):
+    """Ignore hard negatives early and emphasise them late: where cos > cos(theta + m), it becomes cos (t + cos).
+
+    In training mode t <- momentum mean(c) + (1 - momentum) t before it is used, over the samples that are not ignored;
+    all ranks' samples when ``torch.distributed`` is initialised. cos(theta + m) is the margin without its guard.
+
+    Args:
+        momentum: share of the new batch in t, in (0, 1].
+
+    Buffer: ``t`` () float32, starting at 0.
+
+    Source: Huang et al., CurricularFace, arXiv 2004.00288.
+    """
+
+    t: Tensor
+
+    def __init__(self, momentum: float = 0.01) -> None:
+        super().__init__()
+        check_number("momentum", momentum, low=0, high=1, open_low=True)
+        self.momentum = momentum
+        self.register_buffer("t", torch.zeros(()))
+
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return f"momentum={self.momentum}"
+
+    @torch.no_grad()
+    def _update(self, cosine: Tensor, counts: Tensor) -> None:
+        usable = counts & torch.isfinite(cosine)
+        sums = torch.stack([torch.where(usable, cosine, 0).sum(), usable.sum().to(cosine.dtype)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        moved = self.momentum * sums[0] / sums[1].clamp(min=1) + (1 - self.momentum) * self.t
+        self.t.copy_(torch.where(sums[1] > 0, moved, self.t))
+
+    def hard_negatives(
+        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
+    ) -> HardNegativeForm:
+        """Update t and return tau = cos(theta + m) and the quadratic form."""
+        if self.training:
+            self._update(target_cosine, counts)
+        unguarded = getattr(margin, "unguarded", None)
+        threshold = modified() if unguarded is None else unguarded(target_cosine)
+        t = self.t.to(target_cosine.dtype)
+        coefficients = torch.stack([t, torch.zeros_like(t), torch.ones_like(t)])
+        # t is a mean of cosines: |t| <= 1, so cos (t + cos) lies in [-1/4, 2] and its slope in [-3, 3].
+        return HardNegativeForm(threshold, coefficients, -1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class NoisyNegativeFilter:
+    """Take negatives above the threshold for mislabelled twins of the sample: they count as cos = 0.
+
+    Args:
+        threshold: cosine in [-1, 1].
+
+    Source: the inter-class filter of An et al., Partial FC, arXiv 2203.15565.
+    """
+
+    threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, low=-1, high=1)
+
+    def hard_negatives(
+        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
+    ) -> HardNegativeForm:
+        """Return the same tau for every sample and the zero form."""
+        highest = max(self.threshold, 0.0)
+        return HardNegativeForm(
+            torch.full_like(target_cosine, self.threshold), target_cosine.new_zeros(3), -1.0, highest, 1.0
+        )
+
+
+@dataclass(frozen=True)
+class HardestNegatives:
+    """Only each sample's k hardest negatives enter the sum: exact top-k, and a gradient that touches only them.
+
+    Args:
+        k: how many, >= 1.
+    """
+
+    k: int = 64
+
+    def __post_init__(self) -> None:
+        check_int("k", self.k, at_least=1)
+
+
+@dataclass(frozen=True)
+class HardSamples:
+    """The loss averages the hardest share of the samples (online hard example mining); the others' losses are 0.
+
+    Args:
+        keep: share of the samples that are not ignored, in (0, 1]; rounded up to whole samples.
+
+    Source: Shrivastava et al., OHEM, arXiv 1604.03540.
+    """
+
+    keep: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_number("keep", self.keep, low=0, high=1, open_low=True)
+
+    def kept(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Return which samples stay (B,) bool, given losses (B,) and which are not ignored (B,); ties: the earlier."""
+        ranked = torch.where(counts, losses.detach(), float("-inf")).argsort(descending=True, stable=True)
+        rank = torch.empty_like(ranked).scatter_(0, ranked, torch.arange(ranked.shape[0], device=ranked.device))
+        keep = (self.keep * counts.sum().double() - 1e-9).ceil()  # 0.55 * 100 is a little more than 55
+        return counts & (rank < keep)
+
+
+MiningRule = ReshapesNegatives | HardestNegatives | HardSamples

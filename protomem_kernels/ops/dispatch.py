@@ -1,0 +1,191 @@
+"""Which backend serves a call, and why the others do not.
+
+Every operator is registered with PyTorch once (``register``); its implementation looks up the backend at run time, so
+that ``use_backend`` also reaches into compiled graphs. A backend is a name, a table of kernels, a reason why it is not
+available here (or None) and a reason why it refuses given tensors (or None).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from protomem_kernels import reference
+
+LIBRARY = torch.library.Library("protomem", "DEF")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels: ``kernels`` maps an operator's name to its function.
+
+    ``unavailable()`` and ``refuses(operator, tensors)`` return the reason, or None.
+    """
+
+    name: str
+    kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    unavailable: Callable[[], str | None] = lambda: None
+    refuses: Callable[[str, Sequence[Tensor]], str | None] = lambda operator, tensors: None
+
+    def reason_against(self, operator: str, tensors: Sequence[Tensor]) -> str | None:
+        """Return why this backend cannot serve the call, or None if it can."""
+        reason = self.unavailable()
+        if reason is None and operator not in self.kernels:
+            reason = f"has no kernel for {operator}"
+        return reason or self.refuses(operator, tensors)
+
+
+def _not_in_this_version() -> str:
+    return "not part of this version of protomem_kernels"
+
+
+# In the order of preference; the reference serves every device and comes last.
+BACKENDS: dict[str, Backend] = {
+    "cuda": Backend("cuda", unavailable=_not_in_this_version),
+    "triton": Backend("triton", unavailable=_not_in_this_version),
+    "cpu": Backend("cpu", unavailable=_not_in_this_version),
+    "reference": Backend("reference", reference.KERNELS),
+}
+
+# The losses are a few vector operations around the one heavy operator.
+SERVED_BY = {"margin_softmax_loss": "negative_logsumexp"}
+
+_wanted: ContextVar[str | None] = ContextVar("protomem_backend", default=None)
+
+
+class Choice(NamedTuple):
+    """One line of ``explain``: a backend, whether it would serve the call, and why it would not (None: it could)."""
+
+    backend: str
+    chosen: bool
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.backend:<10} {'chosen' if self.chosen else self.reason or 'available'}"
+
+
+def explain(operator: str, *tensors: Tensor) -> list[Choice]:
+    """Say which backend would serve ``operator`` for ``tensors``, and for each other one why it would not.
+
+    Args:
+        operator: the name of a public operator such as ``"margin_softmax_loss"``.
+        tensors: the call's tensors; without any, only the installation is looked at.
+
+    Returns:
+        One ``Choice(backend, chosen, reason)`` per backend, in the order of preference.
+
+    Raises:
+        ValueError: there is no such operator.
+
+    >>> [str(choice) for choice in explain("aggregate_prototypes", torch.zeros(2, 3))][-1]
+    'reference  chosen'
+    """
+    operator = SERVED_BY.get(operator, operator)
+    if operator not in reference.KERNELS:
+        names = ", ".join(sorted({*reference.KERNELS, *SERVED_BY}))
+        raise ValueError(f"operator must be one of {names}, got {operator!r}")
+    chosen, wanted, choices = False, _wanted.get(), []
+    for backend in BACKENDS.values():
+        reason = backend.reason_against(operator, tensors)
+        if reason is None and wanted is not None and backend.name != wanted:
+            reason = f"use_backend({wanted!r}) is in force"
+        choices.append(Choice(backend.name, reason is None and not chosen, reason))
+        chosen = chosen or reason is None
+    return choices
+
+
+def select(operator: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """Return the kernel that serves the call.
+
+    Raises:
+        RuntimeError: the backend asked for by ``use_backend`` cannot; the message lists every backend's reason.
+    """
+    wanted = _wanted.get()
+    for backend in BACKENDS.values() if wanted is None else (BACKENDS[wanted],):
+        if backend.reason_against(operator, tensors) is None:
+            return backend.kernels[operator]
+    listing = "\n  ".join(
+        f"{name:<10} {b.reason_against(operator, tensors) or 'could'}" for name, b in BACKENDS.items()
+    )
+    raise RuntimeError(f"backend {wanted!r} cannot serve {operator}:\n  {listing}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, have every operator served by one backend, or raise the list of reasons why it cannot.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the backend is not available here; raised on entry, or by the call that it cannot serve.
+
+    >>> with use_backend("reference"):
+    ...     pass
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if BACKENDS[name].unavailable() is not None:
+        listing = "\n  ".join(f"{other:<10} {b.unavailable() or 'available'}" for other, b in BACKENDS.items())
+        raise RuntimeError(f"backend {name!r} is not available:\n  {listing}")
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Say whether a check may look at values: always on the CPU, elsewhere only under ``PROTOMEM_DEBUG=1``."""
+    return tensor.device.type == "cpu" or os.environ.get("PROTOMEM_DEBUG") == "1"
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    check_values: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register ``protomem::name`` with PyTorch: schema, dispatching implementation, fake kernel and autograd.
+
+    ``check_values`` sees the arguments before any kernel does and raises on values that must not occur. Autocast is
+    switched off inside: the accumulation dtype is part of the contract.
+    """
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*args: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if check_values is not None and values_can_be_read(tensors[0]):
+            check_values(*args)
+        kernel = select(name, tensors)
+        if not torch.is_autocast_enabled(tensors[0].device.type):
+            return kernel(*args)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return kernel(*args)
+
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"protomem::{name}", fake, lib=LIBRARY)
+    if backward is None and name.endswith("_backward"):
+        backward = functools.partial(_no_double_backward, name)
+    if backward is not None:
+        torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _no_double_backward(name: str, ctx: Any, *grads: Tensor) -> Any:
+    forward = name.removesuffix("_backward")
+    raise RuntimeError(
+        f"{forward} can be differentiated once: its backward pass has no gradient of its own (double backward, "
+        "create_graph=True, torch.func.hessian). Use the logits of margin_softmax_logits in float64 PyTorch instead."
+    )

@@ -1,0 +1,121 @@
+"""``enqueue_``: contract, checks and fake kernel; and ``find_slots``, the read-only half of its join."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protomem_kernels import reference
+from protomem_kernels._checks import check_choice, check_matches, check_number, check_tensor, shape_of
+from protomem_kernels.ops.dispatch import register
+from protomem_kernels.types import EnqueueResult, MemoryState
+
+POLICIES = ("fifo", "lru")
+
+
+def check_state(state: MemoryState) -> None:
+    """Check the five tensors of a memory against each other."""
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
+    check_tensor("state.prototypes", state.prototypes, 2, "(M, D)", floating=True)
+    capacity = state.prototypes.shape[0]
+    shapes: dict[str, tuple[int, ...]] = {"identities": (capacity,), "stamps": (capacity,), "cursor": (), "clock": ()}
+    for field, shape in shapes.items():
+        value = getattr(state, field)
+        name = f"state.{field}"
+        check_tensor(name, value, len(shape), "(M,)" if shape else "()", floating=False)
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {value.dtype}")
+        check_matches(name, value, shape, "state.prototypes", state.prototypes)
+
+
+def enqueue_(
+    state: MemoryState, prototypes: Tensor, identities: Tensor, *, refresh_ratio: float = 0.2, policy: str = "fifo"
+) -> EnqueueResult:
+    """Scatter the batch's prototypes into the circular memory, in place.
+
+    An identity that stands in the memory is *refreshed*: ``row <- unit((1 - r) row + r p)`` (``p`` alone if that sum
+    has norm <= 1e-6). The others, in the order of their rows, are *enqueued* into the next victims: with
+    ``policy="fifo"`` the slots from ``cursor`` upwards modulo M, with ``"lru"`` empty slots first and then the
+    smallest stamps (ties: the lower slot); slots whose identity is in this batch are passed over. Rows with a
+    negative identity, a zero or a non-finite prototype are skipped. Of an identity that comes twice, the first
+    usable row counts and the others get its slot. Rows need not be of unit length: they are scaled. Deterministic,
+    no host synchronisation.
+
+    Args:
+        state: the memory; its tensors are written.
+        prototypes: (P, D) floating, from ``aggregate_prototypes``; not differentiated (the memory is a buffer).
+        identities: (P,) int64 or int32; negative: skip the row.
+        refresh_ratio: r in [0, 1]; 1 replaces, 0 keeps.
+        policy: "fifo" or "lru".
+
+    Returns:
+        ``EnqueueResult(slots (P,), evicted (P,))``, int64: where each row's identity stands (-1: not written) and which
+        identity had to leave for it (-1: none).
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value, or more rows than the memory has slots. A refused call changes
+            nothing.
+
+    Example:
+        >>> state = MemoryState.empty(capacity=2, embedding_dim=2)
+        >>> enqueue_(state, torch.eye(2), torch.tensor([30, 10])).slots
+        tensor([0, 1])
+        >>> enqueue_(state, torch.ones(1, 2), torch.tensor([20]))
+        EnqueueResult(slots=tensor([0]), evicted=tensor([30]))
+
+    Source: Prototype Memory, arXiv 2105.02103, section 3.
+    """
+    check_state(state)
+    check_tensor("prototypes", prototypes, 2, "(P, D)", floating=True)
+    check_tensor("identities", identities, 1, "(P,)", floating=False)
+    capacity, embedding_dim = state.prototypes.shape
+    rows = prototypes.shape[0]
+    check_matches("prototypes", prototypes, (rows, embedding_dim), "state.prototypes", state.prototypes)
+    check_matches("identities", identities, (rows,), "prototypes", prototypes)
+    if rows > capacity:
+        raise ValueError(
+            f"prototypes must have at most {capacity} rows to fit into state.prototypes "
+            f"{shape_of(state.prototypes)}, got {shape_of(prototypes)}"
+        )
+    check_number("refresh_ratio", refresh_ratio, low=0, high=1)
+    check_choice("policy", policy, POLICIES)
+    with torch.no_grad():
+        slots, evicted = torch.ops.protomem.enqueue_(
+            *(tensor.detach() for tensor in state), prototypes.detach(), identities, float(refresh_ratio), policy
+        )
+    return EnqueueResult(slots, evicted)
+
+
+def find_slots(memory_identities: Tensor, identities: Tensor) -> Tensor:
+    """Return where each identity (P,) stands among the memory's (M,): slots (P,) int64, -1 if absent or negative."""
+    check_tensor("memory_identities", memory_identities, 1, "(M,)", floating=False)
+    check_tensor("identities", identities, 1, "(P,)", floating=False)
+    return reference.match_identities(memory_identities.long(), identities.long())[1]
+
+
+def _fake(
+    memory_prototypes: Tensor,
+    memory_identities: Tensor,
+    stamps: Tensor,
+    cursor: Tensor,
+    clock: Tensor,
+    prototypes: Tensor,
+    identities: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    return identities.new_empty(identities.shape, dtype=torch.int64), identities.new_empty(
+        identities.shape, dtype=torch.int64
+    )
+
+
+register(
+    "enqueue_",
+    "(Tensor(a!) memory_prototypes, Tensor(b!) memory_identities, Tensor(c!) stamps, Tensor(d!) cursor,"
+    " Tensor(e!) clock, Tensor prototypes, Tensor identities, float refresh_ratio, str policy)"
+    " -> (Tensor slots, Tensor evicted)",
+    fake=_fake,
+)

@@ -1,0 +1,132 @@
+"""``negative_logsumexp``: the one heavy operator behind every loss. Contract, checks, fake kernel and autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protomem_kernels._checks import refuse_targets_past_the_end
+from protomem_kernels.ops.dispatch import register
+from protomem_kernels.types import HardNegativeForm
+
+# Exponents that float32 / float64 can hold, with a margin below overflow and above the smallest normal number.
+EXPONENTS = {torch.float32: (-87.0, 88.0), torch.float64: (-708.0, 709.0)}
+
+
+def exponent_offset(scale: float, slots: int, form: HardNegativeForm | None, dtype: torch.dtype) -> float | None:
+    """Return the constant to subtract from every exponent s h, or None if no constant keeps all of them in range.
+
+    A sum of ``slots`` terms exp(s h - offset), each times h' at most, must not overflow, and its smallest term must not
+    underflow. From the scale, the shape and the form alone: no data is read. 0 wherever the plain sum is safe.
+    """
+    lowest, highest, steepest = (-1.0, 1.0, 1.0) if form is None else form[2:]
+    bottom, top = EXPONENTS[dtype]
+    largest = scale * highest + math.log(max(slots, 1)) + math.log(max(steepest, 1.0))
+    offset = max(0.0, largest - top)
+    return offset if scale * lowest - offset > bottom else None
+
+
+def negative_logsumexp(
+    x: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    *,
+    scale: float,
+    occupied: Tensor | None = None,
+    negatives: Tensor | None = None,
+    form: HardNegativeForm | None = None,
+    normalize_prototypes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return each sample's target cosine c (B,) and the log-sum-exp n (B,) of its negatives' scaled cosines.
+
+    ``n_i = log sum_j exp(scale h_ij)`` over the occupied slots j other than the target (only ``negatives``, if given),
+    with ``h_ij`` the cosine or its hard-negative form; -inf where there are none. The gradient of ``x`` is accumulated
+    in the forward pass, so the backward pass reads no prototype unless ``prototypes`` needs a gradient itself.
+
+    Args:
+        x: (B, D) float32 or float64, unit or zero rows.
+        prototypes: (M, D) floating, unit rows unless ``normalize_prototypes``.
+        targets: (B,) int; outside [0, M): no target (c = 0, nothing excluded).
+        scale: s > 0.
+        occupied: (M,) bool; empty slots are no negatives. The target counts as present whatever it says.
+        negatives: (B, k) int64, the slots to sum over instead of all; -1 is none.
+        form: how hard negatives are reshaped; carries no gradient.
+        normalize_prototypes: scale the rows of ``prototypes`` to unit length first.
+
+    Returns:
+        ``(c, n)``, both (B,) in the dtype of ``x`` and differentiable in ``x`` and ``prototypes``.
+
+    Raises:
+        ValueError: on CPU tensors, a target >= M.
+    """
+    offset = exponent_offset(scale, prototypes.shape[0], form, x.dtype)
+    with_gradient = torch.is_grad_enabled() and x.requires_grad
+    cosine, n, _, _ = torch.ops.protomem.negative_logsumexp(
+        x,
+        prototypes,
+        targets,
+        occupied,
+        negatives,
+        None if form is None else form.threshold,
+        None if form is None else form.coefficients,
+        float(scale),
+        offset,
+        normalize_prototypes,
+        with_gradient,
+    )
+    return cosine, n
+
+
+def _check_values(x: Tensor, prototypes: Tensor, targets: Tensor, *_: Any) -> None:
+    refuse_targets_past_the_end(targets, prototypes.shape[0])
+
+
+def _fake(x: Tensor, prototypes: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_gradient = rest[-1]
+    o = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradient else x.new_empty(0, 0)
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0]), x.new_empty(x.shape), o
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, prototypes, targets, occupied, negatives, threshold, coefficients, scale, _, normalize_prototypes, _ = inputs
+    _, n, target_rows, o = output
+    ctx.mark_non_differentiable(target_rows, o)
+    # Without a gradient of their own, the prototypes may be overwritten before backward: they are not kept.
+    ctx.keeps_prototypes = ctx.needs_input_grad[1]
+    kept = (x, prototypes, targets, occupied, negatives, threshold, coefficients, n) if ctx.keeps_prototypes else ()
+    ctx.save_for_backward(target_rows, o, *kept)
+    ctx.scale, ctx.normalize_prototypes = scale, normalize_prototypes
+
+
+def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, _rows: Tensor, _o: Tensor) -> Any:
+    target_rows, o, *kept = ctx.saved_tensors
+    grad_x = grad_prototypes = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad_cosine[:, None] * target_rows + grad_n[:, None] * o
+    if ctx.keeps_prototypes:
+        grad_prototypes = torch.ops.protomem.negative_logsumexp_backward(
+            grad_cosine, grad_n, *kept, ctx.scale, ctx.normalize_prototypes
+        )
+    return grad_x, grad_prototypes, *[None] * 9
+
+
+register(
+    "negative_logsumexp",
+    "(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives, Tensor? threshold,"
+    " Tensor? coefficients, float scale, float? offset, bool normalize_prototypes, bool with_gradient)"
+    " -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o)",
+    fake=_fake,
+    check_values=_check_values,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+register(
+    "negative_logsumexp_backward",
+    "(Tensor grad_cosine, Tensor grad_n, Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied,"
+    " Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor n, float scale, bool normalize_prototypes)"
+    " -> Tensor grad_prototypes",
+    fake=lambda grad_cosine, grad_n, x, prototypes, *_: prototypes.new_empty(prototypes.shape),
+)
