@@ -1,0 +1,389 @@
+"""Batch samplers that walk a labelled data set identity by identity.
+
+A prototype is the mean of an identity's images in the batch, so a batch has to bring several images of each of its
+identities. Both samplers here work in the same two steps:
+
+1. **Grouping** (:func:`_deal_groups`, vectorised). Each identity's shuffled images are cut into groups of
+   ``images_per_identity``; the last, short group is topped up with other images of the same identity.
+2. **Scheduling** (:func:`_schedule`, linear in the number of groups). The groups are handed out, each exactly once, to
+   batches of equal size (they differ by at most one group). An identity stands twice in a batch only where it has more
+   groups than there are batches.
+
+:class:`IdentityBatchSampler` hands the groups out at random. :class:`DoppelgangerBatchSampler` hands them out so that
+look-alikes meet in one batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+__all__ = ["DoppelgangerBatchSampler", "DoppelgangerSource", "IdentityBatchSampler"]
+
+_LOOKUP_CHUNK = 4096  # identities per call to the memory: bounds the (chunk, M) work of one look-up
+
+
+class DoppelgangerSource(Protocol):
+    """What :class:`DoppelgangerBatchSampler` asks of a memory; :class:`~protomem_kernels.PrototypeMemory` has it."""
+
+    def doppelgangers(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Nearest identities of each label: cosines (N, k) and identities (N, k) int64, -1 where there is none."""
+        ...
+
+
+class _Catalogue(NamedTuple):
+    """The images that have an identity, seen identity by identity. C identities, n images."""
+
+    identities: Tensor  # (C,) int64, ascending, distinct: the labels
+    images: Tensor  # (n,) int64: positions in the data set
+    owners: Tensor  # (n,) int64: row of `identities` that each image belongs to
+    sizes: Tensor  # (C,) int64: images per identity
+
+
+def _catalogue(labels: Tensor | Sequence[int]) -> _Catalogue:
+    labels = torch.as_tensor(labels).detach().cpu()
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
+    images = torch.nonzero(labels >= 0).squeeze(1)
+    if not len(images):
+        raise ValueError(f"labels must hold at least one identity (a label >= 0), got none in {len(labels)} labels")
+    identities, owners, sizes = torch.unique(labels[images].long(), return_inverse=True, return_counts=True)
+    return _Catalogue(identities, images, owners, sizes)
+
+
+def _deal_groups(catalogue: _Catalogue, size: int, generator: torch.Generator) -> Tensor:
+    """Cut every identity's shuffled images into groups: (G, size) positions, ordered by identity.
+
+    Position p = t * size + s of group t is image p modulo n of the identity's n shuffled images. That one rule tops a
+    short group up with images from the front, which are in other groups as long as n >= size, and repeats images
+    evenly where n < size.
+    """
+    shuffle = torch.randperm(len(catalogue.images), generator=generator)
+    shuffled = catalogue.images[shuffle][torch.argsort(catalogue.owners[shuffle], stable=True)]
+    counts = _group_counts(catalogue, size)
+    owners = torch.repeat_interleave(counts)
+    positions = (_nth(counts)[:, None] * size + torch.arange(size)) % catalogue.sizes[owners, None]
+    return shuffled[_starts(catalogue.sizes)[owners, None] + positions]
+
+
+def _group_counts(catalogue: _Catalogue, size: int) -> Tensor:
+    return (catalogue.sizes + size - 1) // size
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each run begins if run c has ``counts[c]`` items: (3, 1, 2) -> (0, 3, 4)."""
+    return counts.cumsum(0) - counts
+
+
+def _nth(counts: Tensor) -> Tensor:
+    """The position of each item in its run: (3, 1, 2) -> (0, 1, 2, 0, 0, 1)."""
+    owners = torch.repeat_interleave(counts)
+    return torch.arange(len(owners)) - _starts(counts)[owners]
+
+
+def _schedule(turns: list[int], counts: list[int], sizes: list[int], neighbours: Tensor | None) -> list[list[int]]:
+    """Hand out every group to one batch; a batch is a list of identities (rows), one entry per group.
+
+    ``turns`` is the wanted order: identity c stands in it ``counts[c]`` times. ``sizes`` are the batch sizes, falling,
+    differing by at most one, with the same sum. ``neighbours`` (C, K), -1 for none, are pulled in behind each identity.
+
+    An identity whose turn comes while it is already in the batch waits for the next one. One that has as many groups
+    left as there are batches left goes in at once: with that, distinct identities are always found as long as no
+    identity has more groups than there are batches (c identities with R groups each fill at most c <= T / R of the
+    T groups that R batches still take). Cost: O(G log C + G K), whatever the distribution of the counts.
+    """
+    left = list(counts)
+    early = [0] * len(counts)  # groups handed out before their turn: these turns are skipped when they come
+    waiting: dict[int, int] = {}  # turns that have come and are not served yet; at most about two batches' worth
+    fullest = [(-count, c) for c, count in enumerate(counts)]  # heap; entries may be stale, never too small
+    heapq.heapify(fullest)
+    coming = iter(turns)
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    present: set[int] = set()
+
+    def take(c: int) -> None:
+        left[c] -= 1
+        batch.append(c)
+        present.add(c)
+        if c not in waiting:
+            early[c] += 1
+        elif waiting[c] == 1:
+            del waiting[c]
+        else:
+            waiting[c] -= 1
+
+    def next_in_turn() -> int:
+        for c in postponed:
+            if c not in present:
+                return c
+        for c in coming:
+            if early[c]:
+                early[c] -= 1
+                continue
+            waiting[c] = waiting.get(c, 0) + 1
+            if c not in present:
+                return c
+        # Only identities of this batch are left: they have more groups than there are batches.
+        return max(waiting, key=waiting.__getitem__)
+
+    for batches_left, size in zip(range(len(sizes), 0, -1), sizes, strict=True):
+        batch, present = [], set()
+        due = []
+        while fullest and -fullest[0][0] >= batches_left:
+            due.append(heapq.heappop(fullest)[1])
+        for c in due:
+            for _ in range(left[c] // batches_left):
+                take(c)
+            if left[c]:
+                heapq.heappush(fullest, (-left[c], c))
+
+        postponed = iter([c for c in waiting if c not in present])
+        anchors = list(present)
+        while True:
+            if neighbours is not None:
+                for c in (c for anchor in anchors for c in neighbours[anchor].tolist()):
+                    if len(batch) < size and c >= 0 and left[c] and c not in present:
+                        take(c)
+            if len(batch) == size:
+                break
+            anchors = [next_in_turn()]
+            take(anchors[0])
+        batches.append(batch)
+    return batches
+
+
+class IdentityBatchSampler(Sampler[list[int]]):
+    """Batches of ``identities_per_batch`` identities with ``images_per_identity`` images each, for ``batch_sampler=``.
+
+    An epoch walks every image at least once. Identities whose number of images is no multiple of
+    ``images_per_identity`` are topped up with other images of the same identity, and an image is repeated inside a
+    group only where the identity has fewer images than ``images_per_identity``. The identities of a batch are distinct
+    wherever that is possible. Batches have the same size up to one group (so there is no tiny last batch), never more
+    than ``identities_per_batch`` groups. The batches of an epoch are a function of ``(seed, epoch)`` alone.
+
+    Args:
+        labels: (N,) integers, the identity of each image; negative means "none", and that image is left out.
+        identities_per_batch: groups in a batch, at least 1. More than there are identities counts as that many.
+        images_per_identity: images in a group, at least 1.
+        seed: seed of the shuffles.
+        num_replicas: ranks that share an epoch; default: the world size of ``torch.distributed``, 1 without it.
+            Every rank gets the same number of batches, and no group goes to two ranks (unless there are fewer groups
+            than ranks: then groups are repeated).
+        rank: this rank, from 0; default: the rank in ``torch.distributed``, 0 without it.
+        drop_last: leave out the groups that do not fill a batch on every rank, other ones each epoch. All batches then
+            have exactly ``identities_per_batch`` groups, and there may be no batch at all.
+
+    Raises:
+        TypeError: ``labels`` are not integers.
+        ValueError: ``labels`` are not one-dimensional or hold no identity; a count is below 1; ``rank`` is not below
+            ``num_replicas``.
+
+    Example:
+        >>> labels = [7, 7, 7, 7, 3, 3, -1]
+        >>> sampler = IdentityBatchSampler(labels, identities_per_batch=2, images_per_identity=2)
+        >>> len(sampler)
+        2
+        >>> sampler.set_epoch(1)
+        >>> sorted(set(index for batch in sampler for index in batch))
+        [0, 1, 2, 3, 4, 5]
+
+    """
+
+    def __init__(
+        self,
+        labels: Tensor | Sequence[int],
+        identities_per_batch: int,
+        images_per_identity: int,
+        *,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        if num_replicas is None:
+            num_replicas = dist.get_world_size() if _distributed() else 1
+        if rank is None:
+            rank = dist.get_rank() if _distributed() else 0
+        _at_least(1, identities_per_batch=identities_per_batch, images_per_identity=images_per_identity)
+        _at_least(1, num_replicas=num_replicas)
+        if not 0 <= rank < num_replicas:
+            raise ValueError(f"rank must be in [0, {num_replicas}) for num_replicas = {num_replicas}, got {rank}")
+
+        self._catalogue = _catalogue(labels)
+        self._counts = _group_counts(self._catalogue, images_per_identity)
+        self.identities_per_batch = min(identities_per_batch, len(self._counts))
+        self.images_per_identity = images_per_identity
+        self.seed, self.epoch = seed, 0
+        self.num_replicas, self.rank = num_replicas, rank
+        self.drop_last = drop_last
+
+        per_round = self.identities_per_batch * num_replicas  # groups that fill one batch on every rank
+        groups = int(self._counts.sum())
+        self._batches_per_rank = groups // per_round if drop_last else -(-groups // per_round)
+
+    def __len__(self) -> int:
+        """Batches of one epoch on one rank."""
+        return self._batches_per_rank
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration yields; call it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's batches of the epoch: lists of positions, the images of one identity side by side."""
+        if not self._batches_per_rank:
+            return
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        groups = _deal_groups(self._catalogue, self.images_per_identity, generator)
+        turns = self._turns(generator)
+        counts = torch.bincount(turns, minlength=len(self._counts))
+        batches = self._batches_per_rank * self.num_replicas
+        share, rest = divmod(len(turns), batches)
+        sizes = [share + 1] * rest + [share] * (batches - rest)
+        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, self._neighbours())
+
+        # The t-th time that an identity stands in the schedule, it brings its t-th group.
+        owners = torch.tensor([c for batch in schedule for c in batch])
+        nth = torch.empty_like(owners)
+        nth[torch.argsort(owners, stable=True)] = _nth(counts)
+        dealt = groups[_starts(self._counts)[owners] + nth % self._counts[owners]]
+        rows = torch.tensor_split(dealt, torch.tensor(sizes).cumsum(0)[:-1])
+        for index in torch.randperm(batches, generator=generator)[self.rank :: self.num_replicas].tolist():
+            yield rows[index].flatten().tolist()
+
+    def _turns(self, generator: torch.Generator) -> Tensor:
+        """The identities (rows) in the order in which their groups are to be handed out: (groups of this epoch,)."""
+        owners = torch.repeat_interleave(self._counts)
+        batches = self._batches_per_rank * self.num_replicas
+        order = torch.randperm(len(owners), generator=generator)
+        if self.drop_last:  # leave out first what an identity has beyond one group per batch, then at random
+            order = order[torch.argsort((_nth(self._counts)[order] >= batches).int(), stable=True)]
+            order = order[: batches * self.identities_per_batch]
+        elif len(order) < batches:  # fewer groups than ranks
+            order = order.repeat(-(-batches // len(order)))[:batches]
+        return owners[order]
+
+    def _neighbours(self) -> Tensor | None:
+        return None
+
+
+class DoppelgangerBatchSampler(IdentityBatchSampler):
+    """The batches of :class:`IdentityBatchSampler`, filled with identities that look alike (hard examples).
+
+    A batch takes an identity at random (the anchor), then its nearest neighbours in the memory that have images left in
+    this epoch, then the next anchor, until it is full. Coverage, group sizes, distinctness and the shares of the ranks
+    are those of :class:`IdentityBatchSampler`. An identity that the memory does not hold has no neighbours, so with an
+    empty memory the batches are random. The batches are a function of ``(seed, epoch)`` and of the memory.
+
+    The neighbours are looked up anew at the start of each epoch (:meth:`refresh`). Where ``num_replicas`` is the world
+    size of ``torch.distributed``, the list of rank 0 holds for all ranks, so that their shares stay disjoint whatever
+    the rounding on each of them; all ranks have to start their epochs together.
+
+    Source: Smirnov et al., "Doppelganger Mining for Face Representation Learning" (ICCV Workshops 2017), which keeps a
+    list of the most similar identity of each; here the prototypes of the memory say who is similar.
+
+    Args:
+        labels: as in :class:`IdentityBatchSampler`.
+        memory: a :class:`~protomem_kernels.PrototypeMemory`, or whatever has its ``doppelgangers(labels, k)``.
+        identities_per_batch: as in :class:`IdentityBatchSampler`.
+        images_per_identity: as in :class:`IdentityBatchSampler`.
+        neighbours: how many nearest neighbours of each anchor to look up, at least 1. 1 makes pairs of look-alikes,
+            more makes a batch harder and less varied.
+        seed: as in :class:`IdentityBatchSampler`.
+        num_replicas: as in :class:`IdentityBatchSampler`.
+        rank: as in :class:`IdentityBatchSampler`.
+        drop_last: as in :class:`IdentityBatchSampler`.
+
+    Example:
+        >>> class Pairs:  # 0 looks like 1, 2 looks like 3
+        ...     def doppelgangers(self, labels, k):
+        ...         return torch.ones(len(labels), 1), (labels ^ 1)[:, None]
+        >>> labels = [0, 0, 1, 1, 2, 2, 3, 3]
+        >>> sampler = DoppelgangerBatchSampler(labels, Pairs(), 2, 2, neighbours=1)
+        >>> sorted(sorted(batch) for batch in sampler)
+        [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    """
+
+    def __init__(
+        self,
+        labels: Tensor | Sequence[int],
+        memory: DoppelgangerSource,
+        identities_per_batch: int,
+        images_per_identity: int,
+        *,
+        neighbours: int = 3,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(
+            labels,
+            identities_per_batch,
+            images_per_identity,
+            seed=seed,
+            num_replicas=num_replicas,
+            rank=rank,
+            drop_last=drop_last,
+        )
+        _at_least(1, neighbours=neighbours)
+        self.memory = memory
+        self.neighbours = neighbours
+        self._table = torch.full((len(self._counts), 0), -1)
+
+    def refresh(self) -> None:
+        """Look up the neighbours of every identity in the memory. Each epoch begins with it."""
+        known = self._catalogue.identities
+        device = _device_of(self.memory)
+        with torch.no_grad():
+            chunks = [
+                self.memory.doppelgangers(chunk.to(device), self.neighbours)[1].cpu()
+                for chunk in torch.split(known, _LOOKUP_CHUNK)
+            ]
+        found = torch.cat(chunks)
+        if found.dim() != 2 or len(found) != len(known):
+            raise ValueError(
+                f"memory.doppelgangers must return identities of shape ({len(known)}, k), got {tuple(found.shape)}"
+            )
+        # From labels to rows; what the memory holds and this data set does not is no neighbour.
+        rows = torch.searchsorted(known, found).clamp(max=len(known) - 1)
+        self._table = torch.where(known[rows] == found, rows, -1)
+        if self.num_replicas > 1 and _distributed() and dist.get_world_size() == self.num_replicas:
+            where = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+            shared = self._table.to(where)
+            dist.broadcast(shared, src=0)
+            self._table = shared.cpu()
+
+    def _neighbours(self) -> Tensor:
+        self.refresh()
+        return self._table
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device_of(memory: DoppelgangerSource) -> torch.device:
+    tensors = [*memory.parameters(), *memory.buffers()] if isinstance(memory, nn.Module) else []
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One seed from two numbers: PyTorch's CPU generator looks at 32 bits; odd factors keep all epochs apart."""
+    return (seed * 0x9E3779B1 + epoch * 0x85EBCA6B) % 2**32
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
