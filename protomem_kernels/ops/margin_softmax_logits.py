@@ -85,7 +85,7 @@ def margin_softmax_logits(
         normalize_prototypes,
     )
     (chosen,) = choose_negatives(x, [bank], mining, normalize_prototypes)
-    return logits if chosen is None else _only(logits, torch.cat([chosen, targets[:, None]], dim=1))
+    return logits if chosen is None else _only(logits, torch.cat([chosen, targets.long()[:, None]], dim=1))
 
 
 def _only(logits: Tensor, slots: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def sum_rows(values: Tensor, index: Tensor, rows: int) -> Tensor:
 
 
 def valid_slots(slots: Tensor, capacity: int) -> Tensor:
-    """Replace every slot outside ``[0, capacity)`` by -1."""
-    return torch.where((slots >= 0) & (slots < capacity), slots, -1)
+    """Return the slots as int64, with -1 for every one outside ``[0, capacity)``."""
+    return torch.where((slots >= 0) & (slots < capacity), slots.long(), -1)
 
 
 def gather_rows(x: Tensor, slots: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:

@@ -1,0 +1,164 @@
+"""Contract of ``hardest_negatives``, on every backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import protomem_kernels as pmk
+from tests.ops.cases import each_backend, each_dtype, each_shape, strided, unit
+from tests.ops.test_margin_softmax_loss import inputs
+
+
+def model(cosines: Tensor, targets: Tensor, occupied: Tensor | None, k: int) -> tuple[list, list]:
+    """Sort every row of (B, M) cosines by (-cosine, slot) with Python's own sort."""
+    values, slots = [], []
+    for row, target in zip(cosines.tolist(), targets.tolist(), strict=True):
+        ranked = sorted((-c, j) for j, c in enumerate(row) if j != target and (occupied is None or bool(occupied[j])))[
+            :k
+        ]
+        missing = k - len(ranked)
+        values.append([-c for c, _ in ranked] + [-math.inf] * missing)
+        slots.append([j for _, j in ranked] + [-1] * missing)
+    return values, slots
+
+
+@each_backend
+@each_dtype
+@each_shape
+@pytest.mark.parametrize("k", [1, 6])
+def test_exact(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], k: int) -> None:
+    x, w, targets, occupied = inputs(shape, dtype)
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(strided(x), strided(w), targets.int(), k=k, occupied=occupied)
+    accumulated = torch.promote_types(dtype, torch.float32)
+    assert cosines.dtype == accumulated
+    assert slots.dtype == torch.int64
+    assert cosines.shape == slots.shape == (shape[0], k)
+    dense = unit(x.double()) @ w.double().T
+    values, _ = model(dense, targets, occupied, k)
+    expected = torch.tensor(values, dtype=torch.float64).view(-1, k)
+    torch.testing.assert_close(cosines.double(), expected, rtol=0, atol=1e-6 if accumulated == torch.float32 else 1e-12)
+    found = slots >= 0
+    assert torch.equal(found, torch.isfinite(expected))
+    assert (cosines[:, 1:] <= cosines[:, :-1]).all()
+    for row, target in zip(slots.tolist(), targets.tolist(), strict=True):
+        real = [j for j in row if j >= 0]
+        assert len(set(real)) == len(real)
+        assert target not in real
+        assert all(occupied[j] for j in real)
+    at = dense.gather(1, slots.clamp(min=0)) if shape[1] else dense.new_empty(shape[0], k)
+    torch.testing.assert_close(torch.where(found, at, 0), torch.where(found, cosines.double(), 0), rtol=0, atol=1e-5)
+
+
+@each_backend
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_ties_go_to_the_lower_slot(backend: str, data: st.DataObject) -> None:
+    batch, capacity, k = (data.draw(st.integers(1, n)) for n in (4, 40, 9))
+    choice = st.lists(st.integers(0, 3), min_size=capacity, max_size=capacity)
+    w = torch.eye(4, dtype=torch.float64)[torch.tensor(data.draw(choice))]
+    x = torch.eye(4, dtype=torch.float64)[:batch] * 2
+    targets = torch.tensor(data.draw(st.lists(st.integers(-1, capacity - 1), min_size=batch, max_size=batch)))
+    occupied = torch.tensor(data.draw(st.lists(st.booleans(), min_size=capacity, max_size=capacity)))
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(x, w, targets, k=k, occupied=occupied)
+    values, expected = model(unit(x) @ w.T, targets, occupied, k)
+    assert slots.tolist() == expected
+    assert cosines.tolist() == values
+
+
+@each_backend
+def test_ties_across_tiles(backend: str) -> None:
+    w = torch.eye(2).repeat(4000, 1)  # even slots tie at cosine 1 for the first query
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(torch.eye(2)[:1], w, torch.tensor([4]), k=5)
+    assert slots.tolist() == [[0, 2, 6, 8, 10]]
+    assert cosines.tolist() == [[1.0] * 5]
+
+
+@each_backend
+def test_without_targets_the_own_prototype_comes_first(backend: str) -> None:
+    w = unit(torch.randn(50, 8, dtype=torch.float64))
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(w[:5] * 3, w, k=1)
+    assert slots[:, 0].tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(cosines[:, 0], torch.ones(5, dtype=torch.float64))
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradcheck(backend: str, normalize: bool) -> None:
+    x, w, targets, occupied = inputs((4, 12, 5), seed=9)
+    x.requires_grad_()
+    w = (w * 1.5 if normalize else w).requires_grad_()
+
+    def call(x: Tensor, w: Tensor) -> Tensor:
+        with pmk.use_backend(backend):
+            cosines, _ = pmk.hardest_negatives(x, w, targets, k=12, occupied=occupied, normalize_prototypes=normalize)
+        return torch.where(torch.isfinite(cosines), cosines, 0)
+
+    assert torch.autograd.gradcheck(call, (x, w))
+
+
+@each_backend
+def test_gradients_touch_only_what_was_chosen(backend: str) -> None:
+    x, w, targets, _ = inputs((2, 30, 4))
+    x.requires_grad_()
+    w.requires_grad_()
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(x, w, targets, k=3)
+    cosines.sum().backward()
+    touched = w.grad.any(dim=1).nonzero()[:, 0].tolist()
+    assert touched == sorted(set(slots.flatten().tolist()))
+    assert not slots.requires_grad
+
+
+@each_backend
+def test_a_broken_embedding_hurts_only_itself(backend: str) -> None:
+    x, w, targets, _ = inputs((4, 700, 4))
+    broken = x.clone()
+    broken[1, 0] = float("nan")
+    with pmk.use_backend(backend):
+        good = pmk.hardest_negatives(x, w, targets, k=4)
+        bad = pmk.hardest_negatives(broken, w, targets, k=4)
+    assert bad.cosines[1].isnan().all()
+    assert bad.slots[1].tolist() == [-1] * 4
+    others = [0, 2, 3]
+    assert torch.equal(bad.cosines[others], good.cosines[others])
+    assert torch.equal(bad.slots[others], good.slots[others])
+
+
+@each_backend
+def test_double_backward_raises(backend: str) -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    with pmk.use_backend(backend):
+        cosines = pmk.hardest_negatives(x, torch.eye(3).requires_grad_(), k=1).cosines
+    (grad,) = torch.autograd.grad((cosines**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="hardest_negatives can be differentiated once"):
+        grad.sum().backward()
+
+
+X, W, T = torch.randn(4, 3), torch.eye(3), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "args", "kwargs"),
+    [
+        (TypeError, "embeddings must be a tensor", ("x", W), {"k": 1}),
+        (ValueError, r"embeddings must have shape \(B, D\), got \(\)", (X[0, 0], W), {"k": 1}),
+        (ValueError, "k must be at least 1, got 0", (X, W), {"k": 0}),
+        (TypeError, "k must be an int, got bool", (X, W), {"k": True}),
+        (ValueError, r"prototypes must have shape \(M, D\), got \(3,\)", (X, W[0]), {"k": 1}),
+        (ValueError, r"targets must have shape \(4,\)", (X, W, T[:1]), {"k": 1}),
+        (ValueError, "targets must be below 3, the number of prototypes, got 3", (X, W, T + 1), {"k": 1}),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, args: tuple, kwargs: dict) -> None:
+    with pytest.raises(error, match=message):
+        pmk.hardest_negatives(*args, **kwargs)

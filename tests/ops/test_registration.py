@@ -1,0 +1,242 @@
+"""What PyTorch sees of every operator: schema, fake kernel, autograd, compilation, dispatch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import protomem_kernels as pmk
+from protomem_kernels import reference
+from protomem_kernels.ops import dispatch
+from tests.ops.cases import each_backend
+from tests.ops.test_margin_softmax_loss import inputs
+
+
+def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Arguments for every registered operator: plain, with every option, and for the backward ones."""
+    x, w, targets, occupied = inputs((5, 40, 4))
+    x = (x / x.norm(dim=1, keepdim=True)).requires_grad_()
+    w = w.requires_grad_()
+    tau, form = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.tensor([1.2, 0.2, 0.5], dtype=torch.float64)
+    chosen = torch.tensor([[0, 3, -1]] * 5)
+    g = torch.ones(5, dtype=torch.float64)
+    labels = torch.tensor([3, 1, -1, 3, 7])
+    e, q = torch.randn(5, 4, requires_grad=True), torch.rand(5, requires_grad=True)
+
+    yield "negative_logsumexp", "plain", (x, w, targets, None, None, None, None, 8.0, 0.0, False, True)
+    yield "negative_logsumexp", "full", (x, w, targets, occupied, None, tau, form, 8.0, None, True, True)
+    yield "negative_logsumexp", "chosen", (x, w, targets, occupied, chosen, None, None, 8.0, 0.0, True, True)
+    inside = x.detach(), w.detach(), targets
+    yield "negative_logsumexp", "no gradient", (*inside, None, None, None, None, 8.0, 0.0, False, False)
+    yield "negative_logsumexp_backward", "", (g, g, *inside, occupied, None, tau, form, g, 8.0, True)
+    yield "hardest_negatives", "plain", (x, w, targets, occupied, 3, False)
+    yield "hardest_negatives", "normalized", (x, w, targets, None, 3, True)
+    yield "hardest_negatives_backward", "", (g[:, None].expand(5, 3), *inside[:2], chosen, True, True)
+    yield "hardest_negatives_backward", "x", (g[:, None].expand(5, 3), *inside[:2], chosen, False, False)
+    z = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    yield "margin_softmax_logits", "", (x, w, targets, z, occupied, tau, form, 8.0, True)
+    upstream = torch.ones(5, 40, dtype=torch.float64)
+    yield "margin_softmax_logits_backward", "", (upstream, *inside, occupied, tau, form, 8.0, True, True)
+    yield "margin_softmax_logits_backward", "x", (upstream, *inside, None, None, None, 8.0, False, False)
+    yield "aggregate_prototypes", "dynamic", (e, labels, q, True, None)
+    yield "aggregate_prototypes", "fixed", (e, labels, None, False, 4)
+    made = reference.KERNELS["aggregate_prototypes"](e.detach(), labels, q.detach(), True, 4)
+    prototypes, _, index, mass, norm = made
+    yield (
+        "aggregate_prototypes_backward",
+        "",
+        (prototypes, mass, e.detach(), q.detach(), index, prototypes, mass, norm, True),
+    )
+    yield (
+        "aggregate_prototypes_backward",
+        "unweighted",
+        (prototypes, mass, e.detach(), None, index, prototypes, mass, norm, True),
+    )
+    for policy in ("fifo", "lru"):
+        state = pmk.MemoryState.empty(6, 4)
+        yield "enqueue_", policy, (*state, torch.randn(3, 4), torch.tensor([4, -1, 9]), 0.2, policy)
+
+
+CALLS = {f"{name} {variant}".strip(): (name, args) for name, variant, args in calls()}
+
+
+def test_every_operator_is_checked() -> None:
+    assert {name for name, _ in CALLS.values()} == set(reference.KERNELS)
+
+
+@each_backend
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # opcheck's own
+def test_opcheck(backend: str, call: str) -> None:
+    name, args = CALLS[call]
+    with pmk.use_backend(backend):
+        result = torch.library.opcheck(getattr(torch.ops.protomem, name).default, args)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("mining", "compiler"),
+    [  # the real compiler takes 10 s a case; tracing and autograd are the same without its code generation
+        (None, "inductor"),
+        (pmk.HardestNegatives(3), "aot_eager"),
+        (pmk.MVSoftmax(), "aot_eager"),
+        (pmk.HardSamples(0.5), "aot_eager"),
+    ],
+)
+def test_compiled_loss_equals_eager(backend: str, mining: object, compiler: str) -> None:
+    x, w, targets, occupied = inputs((6, 50, 4), torch.float32)
+    targets[2] = -1
+
+    def call(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        return pmk.margin_softmax_loss(x, w, targets, occupied=occupied, mining=mining, scale=16.0)
+
+    results = []
+    torch.compiler.reset()
+    for function in (call, torch.compile(call, fullgraph=True, backend=compiler)):
+        xx, ww = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with pmk.use_backend(backend):
+            loss = function(xx, ww, targets)
+            loss.backward()
+        results.append((loss.detach(), xx.grad, ww.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+def test_compiled_operators_equal_eager(backend: str) -> None:
+    x, w, targets, occupied = inputs((6, 50, 4), torch.float32)
+    labels = torch.tensor([5, -1, 5, 2, 2, 9])
+
+    def call(x: Tensor, w: Tensor, state: pmk.MemoryState) -> tuple[Tensor, ...]:
+        made = pmk.aggregate_prototypes(x, labels, max_identities=6)
+        written = pmk.enqueue_(state, made.prototypes, made.identities)
+        found = pmk.hardest_negatives(x, w, targets, k=2, occupied=occupied)
+        logits = pmk.margin_softmax_logits(x, w, targets, occupied=occupied)
+        return (*made, *written, *found, torch.where(torch.isfinite(logits), logits, 0))
+
+    results = []
+    torch.compiler.reset()
+    for function in (call, torch.compile(call, fullgraph=True)):
+        xx, ww = x.clone().requires_grad_(), w.clone().requires_grad_()
+        state = pmk.MemoryState.empty(7, 4)
+        with pmk.use_backend(backend):
+            outputs = function(xx, ww, state)
+            (outputs[0].sum() + outputs[6].sum() + outputs[8].sum()).backward()
+        results.append((*(t.detach() for t in outputs), xx.grad, ww.grad, *state))
+    assert results[0][4].any()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_explain_names_every_backend_and_a_reason() -> None:
+    choices = pmk.explain("margin_softmax_loss", torch.zeros(2, 2))
+    assert [choice.backend for choice in choices] == list(dispatch.BACKENDS)
+    assert sum(choice.chosen for choice in choices) == 1
+    assert all(choice.chosen or choice.reason for choice in choices)
+    assert choices[-1].backend == "reference"
+    with pmk.use_backend("reference"):
+        assert pmk.explain("enqueue_")[-1].chosen
+
+
+def test_explain_refuses_unknown_operators() -> None:
+    with pytest.raises(ValueError, match=r"operator must be one of .*enqueue_.*, got 'softmax'"):
+        pmk.explain("softmax")
+
+
+def test_an_unknown_or_unavailable_backend_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference, got 'tpu'"):
+        pmk.use_backend("tpu").__enter__()
+    absent = dispatch.Backend("cuda", unavailable=lambda: "there is no GPU in this test")
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", absent)
+    with pytest.raises(RuntimeError, match=r"(?s)backend 'cuda' is not available.*cuda +there is no GPU.*reference"):
+        pmk.use_backend("cuda").__enter__()
+
+
+def test_another_backend_plugs_in_and_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def kernel(*args: Any) -> Any:
+        seen.append(args)
+        return reference.KERNELS["hardest_negatives"](*args)
+
+    other = dispatch.Backend(
+        "cpu",
+        {"hardest_negatives": kernel},
+        refuses=lambda operator, tensors: "only small" if tensors and tensors[0].shape[0] > 3 else None,
+    )
+    monkeypatch.setitem(dispatch.BACKENDS, "cpu", other)
+    w = torch.eye(4)
+    pmk.hardest_negatives(w[:2], w, k=1)
+    assert len(seen) == 1  # preferred to the reference
+    pmk.hardest_negatives(w, w, k=1)
+    assert len(seen) == 1  # refused: the reference served it
+    choices = {choice.backend: choice for choice in pmk.explain("hardest_negatives", w)}
+    assert choices["cpu"].reason == "only small"
+    assert choices["reference"].chosen
+    with pmk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"(?s)cpu +only small.*reference +could"):
+        pmk.hardest_negatives(w, w, k=1)
+    with pmk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu +has no kernel for negative_logsumexp"):
+        pmk.margin_softmax_loss(w, w, torch.arange(4))
+    assert {c.backend: c.reason for c in pmk.explain("margin_softmax_loss")}["cpu"].startswith("has no kernel")
+    with pmk.use_backend("reference"):
+        assert "in force" in str({c.backend: c for c in pmk.explain("hardest_negatives")}["cpu"])
+        pmk.hardest_negatives(w[:2], w, k=1)
+    assert len(seen) == 1
+
+
+def test_values_are_read_elsewhere_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROTOMEM_DEBUG", raising=False)
+    assert dispatch.values_can_be_read(torch.zeros(1))
+    assert not dispatch.values_can_be_read(torch.zeros(1, device="meta"))
+    monkeypatch.setenv("PROTOMEM_DEBUG", "1")
+    assert dispatch.values_can_be_read(torch.zeros(1, device="meta"))
+
+
+def test_unchecked_values_are_harmless() -> None:
+    """What a GPU meets without PROTOMEM_DEBUG=1, run on the CPU below the checks."""
+    x, w, _, _ = inputs((3, 5, 2))
+    x = x / x.norm(dim=1, keepdim=True)
+    wild = torch.tensor([5, 2**40, -(2**40)])
+    none = torch.tensor([-1, -1, -1])
+    for name, extra in (
+        ("negative_logsumexp", (None, None, None, None, 4.0, 0.0, False, True)),
+        ("hardest_negatives", (None, 2, False)),
+    ):
+        kernel = reference.KERNELS[name]
+        for ours, expected in zip(kernel(x, w, wild, *extra), kernel(x, w, none, *extra), strict=True):
+            assert torch.equal(ours, expected)
+    weights = torch.tensor([float("nan"), -3.0, 1.0])
+    made = reference.KERNELS["aggregate_prototypes"](x, torch.tensor([0, 0, 0]), weights, True, 1)
+    torch.testing.assert_close(made[0][0], x[2])
+    assert made[3].tolist() == [1.0]
+    crowded = reference.KERNELS["aggregate_prototypes"](x, torch.tensor([8, 3, 5]), None, True, 2)
+    assert crowded[1].tolist() == [3, 5]
+    assert crowded[2].tolist() == [-1, 0, 1]
+
+
+IMPORT_TIME = """
+import time, torch
+start = time.perf_counter()
+import protomem_kernels
+print(time.perf_counter() - start)
+import sys
+print(sorted({"sklearn", "matplotlib", "typer", "PIL", "tensorboard"} & set(sys.modules)))
+"""
+
+
+def test_importing_is_quick_and_pulls_nothing_in() -> None:
+    runs = [
+        subprocess.run([sys.executable, "-c", IMPORT_TIME], capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+        for _ in range(3)
+    ]
+    assert min(float(run[0]) for run in runs) < 0.3
+    assert runs[0][1] == "[]"
