@@ -7,13 +7,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
 
-.PHONY: train test lint types mutants lock clean
+.PHONY: train test lint types timing mutants lock clean
 
 train: $(READY)
 	$(BIN)/protomem train $(ARGS)
 
-test: lint types mutants
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+test: lint types timing mutants
+	$(BIN)/python -m pytest -n 2 -m "not timing" --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+timing: $(READY)
+	$(BIN)/python -m pytest -q -m timing --no-header -rP tests/test_speed.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

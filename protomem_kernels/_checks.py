@@ -45,6 +45,13 @@ def check_batch(embeddings: Any, labels: Any, name: str = "labels") -> None:
     check_matches(name, labels, (embeddings.shape[0],), "embeddings", embeddings)
 
 
+def check_weights(weights: Any, embeddings: Tensor) -> None:
+    """Check ``weights`` (B,) floating or None."""
+    if weights is not None:
+        check_tensor("weights", weights, 1, "(B,)", floating=True)
+        check_matches("weights", weights, (embeddings.shape[0],), "embeddings", embeddings)
+
+
 def check_prototypes(prototypes: Any, embeddings: Tensor) -> None:
     """Check ``prototypes`` (M, D) against ``embeddings`` (B, D)."""
     check_tensor("prototypes", prototypes, 2, "(M, D)", floating=True)

@@ -13,6 +13,8 @@ from protomem_kernels.margins import ArcFace, DSoftmax, Margin
 from protomem_kernels.memory import PrototypeMemory, sample_slots
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.ops import hardest_negatives, margin_softmax_loss
+from protomem_kernels.ops.dispatch import without_autocast
+from protomem_kernels.ops.enqueue import enqueue_keeping_previous_
 from protomem_kernels.ops.margin_softmax_loss import REDUCTIONS, Bank, check_objective, loss_over_banks
 from protomem_kernels.quality import QualityEstimator
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
@@ -145,10 +147,15 @@ class PrototypeMemoryLoss(nn.Module):
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: reference.normalize_rows_(self.memory.prototypes.detach()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the optimiser out of copies and pickles: the copy's prototypes are not the ones it steps."""
+        return self.__dict__ | {"_optimizer": None}
+
     def forward(
         self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
+        self.memory.check(embeddings, labels, weights)
         targets, banks, counts = (
             self._write(embeddings, labels, weights, return_stats) if self.training else self._read(embeddings, labels)
         )
@@ -179,31 +186,33 @@ class PrototypeMemoryLoss(nn.Module):
         if self.prototype_gradient == "memory" and self._optimizer is None:
             raise RuntimeError("prototype_gradient='memory' needs attach_optimizer(optimizer) before the first step")
         if weights is None and self.quality is not None:
-            weights = self.quality(embeddings, labels)
+            with without_autocast(embeddings):
+                weights = self.quality(embeddings, labels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prototype_gradient == "fresh"):
             made = self.memory.aggregate(embeddings, labels, weights)
 
-        if self.prototype_gradient == "none" and not count:
-            slots, _ = self.memory.enqueue(made)
-            targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
-            return _Step(targets, [Bank(self.memory.prototypes, targets, self.memory.occupied)], None)
-
-        before = self.memory.lookup(made.identities)
-        old = self.memory.prototypes.detach().index_select(0, before.clamp(min=0)).to(made.prototypes.dtype)
-        slots, evicted = self.memory.enqueue(made)
-        entered = (slots >= 0) & (before < 0)
-        counts = torch.stack([entered.sum(), ((slots >= 0) & (before >= 0)).sum(), (evicted >= 0).sum()])
+        slots, evicted, known, previous = enqueue_keeping_previous_(
+            self.memory.state,
+            made.prototypes,
+            made.identities,
+            refresh_ratio=self.memory.refresh_ratio,
+            policy=self.memory.policy,
+            keep_previous=self.prototype_gradient == "fresh",
+        )
         targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
+        entered = (slots >= 0) & ~known
+        counts = torch.stack([entered.sum(), known.sum(), (evicted >= 0).sum()]) if count else None
         if self.prototype_gradient == "fresh":
-            return _Step(targets, self._fresh_banks(made, slots, before >= 0, old, targets), counts)
+            return _Step(targets, self._fresh_banks(made, slots, known, previous, targets), counts)
         if self.prototype_gradient == "memory":
             self._clear_optimizer_state(torch.where(entered, slots, -1))
         return _Step(targets, [Bank(self.memory.prototypes, targets, self.memory.occupied)], counts)
 
     def _fresh_banks(
-        self, made: AggregatedPrototypes, slots: Tensor, known: Tensor, old: Tensor, targets: Tensor
+        self, made: AggregatedPrototypes, slots: Tensor, known: Tensor, previous: Tensor, targets: Tensor
     ) -> list[Bank]:
         """Return the memory without the slots written in this step, and the rows in them with their graph."""
+        old = previous.to(made.prototypes.dtype)
         fresh = reference.refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
         written = _slot_mask(slots, self.memory.capacity)
         return [

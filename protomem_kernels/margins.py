@@ -24,12 +24,36 @@ CosineMap = Callable[[Tensor], Tensor]
 Margin = Callable[[Tensor, Tensor], Tensor]
 
 
-def bind(margin: Margin, embedding_norm: Tensor) -> CosineMap:
+@dataclass(frozen=True)
+class TargetMap:
+    """A margin bound to a batch: the modified target cosine as a function of the target cosine (B,) alone.
+
+    ``unguarded`` is the same without the guard past pi, where the margin has one.
+    """
+
+    guarded: CosineMap
+    unguarded: CosineMap
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines."""
+        return self.guarded(cosine)
+
+
+def bind(margin: Margin, embedding_norm: Tensor) -> TargetMap:
     """Return the margin as a function of the target cosine alone, for a batch with these norms (B,)."""
     own = getattr(margin, "bind", None)
     if own is not None:
-        return cast(CosineMap, own(embedding_norm))
-    return lambda cosine: margin(cosine, embedding_norm)
+        return cast(TargetMap, own(embedding_norm))
+
+    def apply(cosine: Tensor) -> Tensor:
+        return margin(cosine, embedding_norm)
+
+    return TargetMap(apply, getattr(margin, "unguarded", apply))
+
+
+def angular(m: Tensor) -> TargetMap:
+    """Return the map of an additive angular margin of ``m`` (B,) radians."""
+    return TargetMap(lambda cosine: guarded_add_angle(cosine, m), lambda cosine: add_angle(cosine, m))
 
 
 def safe_sine(cosine: Tensor) -> Tensor:
@@ -67,7 +91,7 @@ class ArcFace:
     """Additive angular margin: cos(theta + m) if theta + m <= pi, else c - m sin m.
 
     Args:
-        m: margin in radians, in [0, pi).
+        m: margin in radians, in [0, pi); the guard keeps T falling up to m = 2.3.
         straight_through: keep the value cos(theta + m) without the fallback and let dT/dc be 1.
 
     >>> ArcFace(0.5)(torch.tensor([1.0, 0.0]), torch.ones(2))
@@ -115,10 +139,10 @@ class CosFace:
 
 @dataclass(frozen=True)
 class CombinedMargin:
-    """cos(m1 theta + m2) - m3 while m1 theta + m2 <= pi; beyond, c - a sin a - m3 with the margin a as it stands there.
+    """cos(m1 theta + m2) - m3 while m1 theta + m2 <= pi; beyond, it keeps falling with the cosine.
 
-    a = (m1 - 1) theta + m2 is the angle by which the sample is pushed at its theta, taken as a constant and at most
-    pi/2; for m1 = 1 this is ArcFace's guard.
+    Beyond the edge theta* = (pi - m2) / m1 the first term goes on as c - (1 + cos theta*), which is -1 at the edge; for
+    m1 = 1 it is ArcFace's own c - m2 sin m2.
 
     Args:
         m1: factor of the angle, >= 1.
@@ -141,10 +165,15 @@ class CombinedMargin:
         """Apply the margin to (B,) cosines."""
         if self.m1 == 1:
             return guarded_add_angle(target_cosine, self.m2) - self.m3
-        theta = safe_angle(target_cosine)
-        pushed = self.m1 * theta + self.m2
-        a = (pushed - theta).detach().clamp(max=math.pi / 2)
-        return torch.where(pushed <= math.pi, pushed.cos(), target_cosine - a * a.sin()) - self.m3
+        pushed = self.m1 * safe_angle(target_cosine) + self.m2
+        edge = math.cos((math.pi - self.m2) / self.m1)
+        return torch.where(pushed <= math.pi, pushed.cos(), target_cosine - (1 + edge)) - self.m3
+
+    def unguarded(self, cosine: Tensor) -> Tensor:
+        """Return cos(m1 theta + m2) - m3, whatever the sum."""
+        if self.m1 == 1:
+            return add_angle(cosine, self.m2) - self.m3
+        return (self.m1 * safe_angle(cosine) + self.m2).cos() - self.m3
 
 
 @dataclass(frozen=True)
@@ -207,22 +236,23 @@ class AdaFace(nn.Module):
         number = counts.sum()
         mean = torch.where(counts, norm, 0).sum() / number.clamp(min=1)
         spread = torch.where(counts, norm - mean, 0).square().sum() / (number - 1).clamp(min=1)
-        share = torch.where((number > 1) & torch.isfinite(spread), self.momentum, 0.0)
+        share = torch.where(number > 1, self.momentum, 0.0)
         self.mean.copy_(torch.where(share > 0, share * mean + (1 - share) * self.mean, self.mean))
         self.std.copy_(torch.where(share > 0, share * spread.sqrt() + (1 - share) * self.std, self.std))
 
-    def bind(self, embedding_norm: Tensor) -> CosineMap:
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
         """Update the statistics with a batch of norms (B,) and return its margin."""
-        norm = embedding_norm.detach().clamp(1e-3, 100)
+        raw = embedding_norm.detach()
+        norm = raw.clamp(1e-3, 100)
         if self.training:
-            self._update(norm, embedding_norm.detach() > 0)
-        g = (self.h * (norm - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
+            self._update(norm, (raw > 0) & torch.isfinite(raw))
+        g = (self.h * (norm - self.mean.to(norm.dtype)) / (self.std.to(norm.dtype) + 1e-3)).clamp(-1, 1)
 
         def apply(cosine: Tensor) -> Tensor:
             theta = safe_angle(cosine)
             return (theta - self.m * g).clamp(1e-3, math.pi - 1e-3).cos() - self.m * (1 + g)
 
-        return apply
+        return TargetMap(apply, apply)
 
     def forward(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
         """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
@@ -259,11 +289,14 @@ class MagFace:
         _check_angle("u_m", self.u_m)
         check_number("regularizer", self.regularizer, low=0)
 
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the margins that a batch's norms (B,) ask for."""
+        a = embedding_norm.clamp(self.l_a, self.u_a)
+        return angular(self.l_m + (self.u_m - self.l_m) * (a - self.l_a) / (self.u_a - self.l_a))
+
     def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
         """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
-        a = embedding_norm.clamp(self.l_a, self.u_a)
-        m = self.l_m + (self.u_m - self.l_m) * (a - self.l_a) / (self.u_a - self.l_a)
-        return guarded_add_angle(target_cosine, m)
+        return self.bind(embedding_norm)(target_cosine)
 
     def penalty(self, embedding_norm: Tensor) -> Tensor:
         """Return what is added to each sample's loss (B,)."""
@@ -294,11 +327,11 @@ class ElasticFace:
         check_number("std", self.std, low=0)
         check_choice("kind", self.kind, ("arc", "cos"))
 
-    def bind(self, embedding_norm: Tensor) -> CosineMap:
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
         """Draw the margins of a batch and return the function that applies them."""
         shape, dtype, device = embedding_norm.shape, embedding_norm.dtype, embedding_norm.device
         m = self.m + self.std * torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
-        return (lambda c: guarded_add_angle(c, m)) if self.kind == "arc" else (lambda c: c - m)
+        return angular(m) if self.kind == "arc" else TargetMap(lambda c: c - m, lambda c: c - m)
 
     def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
         """Draw margins and apply them to (B,) cosines."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor
+from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor, check_weights
 from protomem_kernels.ops import aggregate_prototypes, enqueue_, find_slots, hardest_negatives
 from protomem_kernels.ops.enqueue import POLICIES
 from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
@@ -104,6 +104,22 @@ class PrototypeMemory(nn.Module):
             f"refresh_ratio={self.refresh_ratio:g}, policy={self.policy!r}, dtype={self.prototypes.dtype}"
         )
 
+    def check(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Check a batch against the memory.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        check_batch(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"embeddings must have shape (B, {self.embedding_dim}) to match the memory's embedding_dim, "
+                f"got {tuple(embeddings.shape)}"
+            )
+        if embeddings.device != self.identities.device:
+            raise ValueError(f"embeddings must be on {self.identities.device} like the memory, got {embeddings.device}")
+        check_weights(weights, embeddings)
+
     def aggregate(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> AggregatedPrototypes:
         """Make the batch's prototypes, padded to min(B, M) rows so that no size depends on data.
 
@@ -115,24 +131,14 @@ class PrototypeMemory(nn.Module):
         Raises:
             ValueError: also if the batch holds more identities than the memory has slots (CPU tensors).
         """
-        check_batch(embeddings, labels)
-        if embeddings.shape[1] != self.embedding_dim:
-            raise ValueError(
-                f"embeddings must have shape (B, {self.embedding_dim}) to match the memory's embedding_dim, "
-                f"got {tuple(embeddings.shape)}"
-            )
+        self.check(embeddings, labels, weights)
         rows = min(embeddings.shape[0], self.capacity)
         return aggregate_prototypes(embeddings, labels, weights, max_identities=rows)
 
     def enqueue(self, aggregated: AggregatedPrototypes) -> EnqueueResult:
         """Refresh or enqueue the batch's prototypes."""
-        return enqueue_(
-            self.state,
-            aggregated.prototypes,
-            aggregated.identities,
-            refresh_ratio=self.refresh_ratio,
-            policy=self.policy,
-        )
+        made = aggregated.prototypes, aggregated.identities
+        return enqueue_(self.state, *made, refresh_ratio=self.refresh_ratio, policy=self.policy)
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -7,7 +7,6 @@ frozen dataclasses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from protomem_kernels._checks import check_choice, check_int, check_number
-from protomem_kernels.margins import Margin
+from protomem_kernels.margins import TargetMap
 from protomem_kernels.types import HardNegativeForm
 
 
@@ -24,16 +23,13 @@ from protomem_kernels.types import HardNegativeForm
 class ReshapesNegatives(Protocol):
     """A rule that reshapes negatives above a threshold; anything with this method is one."""
 
-    def hard_negatives(
-        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
-    ) -> HardNegativeForm:
+    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
         """Return the form for a batch.
 
         Args:
             target_cosine: (B,) detached.
             counts: (B,) bool, False for ignored samples.
-            margin: the loss's margin.
-            modified: returns the target cosine with the margin applied, (B,) detached.
+            target_map: the loss's margin, bound to the batch.
         """
         ...
 
@@ -56,13 +52,13 @@ class MVSoftmax:
         check_number("t", self.t, low=0)
         check_choice("kind", self.kind, ("adaptive", "fixed"))
 
-    def hard_negatives(
-        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
-    ) -> HardNegativeForm:
+    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
         """Return tau = T(c) and the linear form."""
         a = self.t + 1 if self.kind == "adaptive" else 1.0
         # For cos >= -1, a cos + t >= -1.
-        return HardNegativeForm(modified(), target_cosine.new_tensor([a, self.t, 0.0]), -1.0, a + self.t, a)
+        return HardNegativeForm(
+            target_map(target_cosine), target_cosine.new_tensor([a, self.t, 0.0]), -1.0, a + self.t, a
+        )
 
 
 class CurricularFace(nn.Module):
@@ -100,18 +96,14 @@ class CurricularFace(nn.Module):
         moved = self.momentum * sums[0] / sums[1].clamp(min=1) + (1 - self.momentum) * self.t
         self.t.copy_(torch.where(sums[1] > 0, moved, self.t))
 
-    def hard_negatives(
-        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
-    ) -> HardNegativeForm:
+    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
         """Update t and return tau = cos(theta + m) and the quadratic form."""
         if self.training:
             self._update(target_cosine, counts)
-        unguarded = getattr(margin, "unguarded", None)
-        threshold = modified() if unguarded is None else unguarded(target_cosine)
         t = self.t.to(target_cosine.dtype)
         coefficients = torch.stack([t, torch.zeros_like(t), torch.ones_like(t)])
         # t is a mean of cosines: |t| <= 1, so cos (t + cos) lies in [-1/4, 2] and its slope in [-3, 3].
-        return HardNegativeForm(threshold, coefficients, -1.0, 2.0, 3.0)
+        return HardNegativeForm(target_map.unguarded(target_cosine), coefficients, -1.0, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -129,9 +121,7 @@ class NoisyNegativeFilter:
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, low=-1, high=1)
 
-    def hard_negatives(
-        self, target_cosine: Tensor, counts: Tensor, margin: Margin, modified: Callable[[], Tensor]
-    ) -> HardNegativeForm:
+    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
         """Return the same tau for every sample and the zero form."""
         highest = max(self.threshold, 0.0)
         return HardNegativeForm(
@@ -172,7 +162,7 @@ class HardSamples:
         """Return which samples stay (B,) bool, given losses (B,) and which are not ignored (B,); ties: the earlier."""
         ranked = torch.where(counts, losses.detach(), float("-inf")).argsort(descending=True, stable=True)
         rank = torch.empty_like(ranked).scatter_(0, ranked, torch.arange(ranked.shape[0], device=ranked.device))
-        keep = (self.keep * counts.sum().double() - 1e-9).ceil()  # 0.55 * 100 is a little more than 55
+        keep = (self.keep * counts.sum().double() - 1e-9).ceil().clamp(min=1)  # 0.55 * 100 is a little more than 55
         return counts & (rank < keep)
 
 

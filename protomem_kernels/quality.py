@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor
 from protomem_kernels.ops._embeddings import unit_embeddings
+from protomem_kernels.ops.dispatch import without_autocast
 
 QualityEstimator = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,7 +116,7 @@ class RecognizabilityQuality(nn.Module):
         self._check(embeddings)
         check_batch(embeddings, labels)
         x, _ = unit_embeddings(embeddings)
-        quality = (1 - x @ self.unrecognizable.to(x.dtype)).clamp(0, 1)
+        quality = (1 - (x * self.unrecognizable.to(x.dtype)).sum(dim=1)).clamp(0, 1)
         if self.mode == "hard":
             quality = (quality >= self.threshold).to(quality.dtype)
         return _finish(quality, labels, self.detach)
@@ -137,13 +138,13 @@ class CenterQuality:
         x, _ = unit_embeddings(embeddings)
         x = torch.where(torch.isfinite(x).all(dim=1, keepdim=True), x, 0)
         same = _same_identity(labels).to(x.dtype)
-        others, _ = unit_embeddings(same @ x - x)
+        with without_autocast(x):
+            others, _ = unit_embeddings(same @ x - x)
         alone = same.sum(dim=1) <= 1
         return _finish(torch.where(alone, 1, (x * others).sum(dim=1).clamp(min=0)), labels, self.detach)
 
 
-@dataclass(frozen=True)
-class SoftmaxQuality:
+class SoftmaxQuality(nn.Module):
     """q = softmax of another estimator's weights over the images of an identity, at a temperature.
 
     Args:
@@ -152,16 +153,19 @@ class SoftmaxQuality:
         detach: keep the weights out of the gradient (the base's own ``detach`` counts as well).
     """
 
-    base: QualityEstimator
-    temperature: float = 0.1
-    detach: bool = True
+    def __init__(self, base: QualityEstimator, temperature: float = 0.1, detach: bool = True) -> None:
+        super().__init__()
+        if not callable(base):
+            raise TypeError(f"base must be a quality estimator, got {type(base).__name__}")
+        check_number("temperature", temperature, low=0, open_low=True)
+        self.base, self.temperature, self.detach = base, temperature, detach  # a base with state is saved with us
 
-    def __post_init__(self) -> None:
-        if not callable(self.base):
-            raise TypeError(f"base must be a quality estimator, got {type(self.base).__name__}")
-        check_number("temperature", self.temperature, low=0, open_low=True)
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        base = "" if isinstance(self.base, nn.Module) else f"base={self.base!r}, "
+        return f"{base}temperature={self.temperature}"
 
-    def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the weights (B,); those of one identity sum to 1."""
         check_batch(embeddings, labels)
         score = self.base(embeddings, labels) / self.temperature

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protomem_kernels._checks import check_batch, check_int, check_matches, check_tensor, refuse_bad_weights
+from protomem_kernels._checks import check_batch, check_int, check_weights, refuse_bad_weights
 from protomem_kernels.ops.dispatch import register
 from protomem_kernels.types import AggregatedPrototypes
 
@@ -57,9 +57,7 @@ def aggregate_prototypes(
     Source: Prototype Memory, arXiv 2105.02103, section 3; weights: Quality-Aware Prototype Memory, arXiv 2311.07734.
     """
     check_batch(embeddings, labels)
-    if weights is not None:
-        check_tensor("weights", weights, 1, "(B,)", floating=True)
-        check_matches("weights", weights, (embeddings.shape[0],), "embeddings", embeddings)
+    check_weights(weights, embeddings)
     if max_identities is not None:
         check_int("max_identities", max_identities, at_least=0)
     outputs = torch.ops.protomem.aggregate_prototypes(embeddings, labels, weights, normalize, max_identities)
@@ -75,7 +73,8 @@ def _check_values(
         present = int(labels[labels >= 0].unique().numel())
         if present > max_identities:
             raise ValueError(
-                f"max_identities must be at least {present}, the number of identities in labels, got {max_identities}"
+                f"max_identities (of a memory: its capacity) must be at least {present}, the number of identities "
+                f"in labels, got {max_identities}"
             )
 
 

@@ -149,6 +149,13 @@ def values_can_be_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("PROTOMEM_DEBUG") == "1"
 
 
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which products on the tensor's device keep their dtype."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def register(
     name: str,
     schema: str,
@@ -170,9 +177,7 @@ def register(
         if check_values is not None and values_can_be_read(tensors[0]):
             check_values(*args)
         kernel = select(name, tensors)
-        if not torch.is_autocast_enabled(tensors[0].device.type):
-            return kernel(*args)
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with without_autocast(tensors[0]):
             return kernel(*args)
 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

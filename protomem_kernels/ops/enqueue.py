@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -69,6 +67,27 @@ def enqueue_(
 
     Source: Prototype Memory, arXiv 2105.02103, section 3.
     """
+    slots, evicted, _, _ = enqueue_keeping_previous_(
+        state, prototypes, identities, refresh_ratio=refresh_ratio, policy=policy, keep_previous=False
+    )
+    return EnqueueResult(slots, evicted)
+
+
+def enqueue_keeping_previous_(
+    state: MemoryState,
+    prototypes: Tensor,
+    identities: Tensor,
+    *,
+    refresh_ratio: float,
+    policy: str,
+    keep_previous: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do what ``enqueue_`` does and return more: slots, evicted, known (P,) bool and previous (P, D).
+
+    ``known`` says whether the identity stood in the memory before, ``previous`` is what its slot held then (empty
+    without ``keep_previous``). They come out of the operator itself because a compiler may move a read of the memory
+    past the write.
+    """
     check_state(state)
     check_tensor("prototypes", prototypes, 2, "(P, D)", floating=True)
     check_tensor("identities", identities, 1, "(P,)", floating=False)
@@ -84,17 +103,23 @@ def enqueue_(
     check_number("refresh_ratio", refresh_ratio, low=0, high=1)
     check_choice("policy", policy, POLICIES)
     with torch.no_grad():
-        slots, evicted = torch.ops.protomem.enqueue_(
-            *(tensor.detach() for tensor in state), prototypes.detach(), identities, float(refresh_ratio), policy
+        slots, evicted, known, previous = torch.ops.protomem.enqueue_(
+            *(tensor.detach() for tensor in state),
+            prototypes.detach(),
+            identities,
+            float(refresh_ratio),
+            policy,
+            keep_previous,
         )
-    return EnqueueResult(slots, evicted)
+    return slots, evicted, known, previous
 
 
 def find_slots(memory_identities: Tensor, identities: Tensor) -> Tensor:
     """Return where each identity (P,) stands among the memory's (M,): slots (P,) int64, -1 if absent or negative."""
     check_tensor("memory_identities", memory_identities, 1, "(M,)", floating=False)
     check_tensor("identities", identities, 1, "(P,)", floating=False)
-    return reference.match_identities(memory_identities.long(), identities.long())[1]
+    usable = torch.ones_like(identities, dtype=torch.bool)
+    return reference.match_identities(memory_identities.long(), identities.long(), usable)[1]
 
 
 def _fake(
@@ -105,17 +130,23 @@ def _fake(
     clock: Tensor,
     prototypes: Tensor,
     identities: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    return identities.new_empty(identities.shape, dtype=torch.int64), identities.new_empty(
-        identities.shape, dtype=torch.int64
+    refresh_ratio: float,
+    policy: str,
+    keep_previous: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = identities.shape[0]
+    return (
+        identities.new_empty(rows, dtype=torch.int64),
+        identities.new_empty(rows, dtype=torch.int64),
+        identities.new_empty(rows, dtype=torch.bool),
+        memory_prototypes.new_empty((rows, memory_prototypes.shape[1]) if keep_previous else (0, 0)),
     )
 
 
 register(
     "enqueue_",
     "(Tensor(a!) memory_prototypes, Tensor(b!) memory_identities, Tensor(c!) stamps, Tensor(d!) cursor,"
-    " Tensor(e!) clock, Tensor prototypes, Tensor identities, float refresh_ratio, str policy)"
-    " -> (Tensor slots, Tensor evicted)",
+    " Tensor(e!) clock, Tensor prototypes, Tensor identities, float refresh_ratio, str policy,"
+    " bool keep_previous) -> (Tensor slots, Tensor evicted, Tensor known, Tensor previous)",
     fake=_fake,
 )

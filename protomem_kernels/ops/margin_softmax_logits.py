@@ -72,7 +72,7 @@ def margin_softmax_logits(
     bank = Bank(prototypes, targets, occupied)
     counts = (targets >= 0) & (targets < prototypes.shape[0])
     target_map = bind(margin, norm)
-    form = hard_negative_form(x, [bank], counts, margin, target_map, mining, normalize_prototypes)
+    form = hard_negative_form(x, [bank], counts, target_map, mining, normalize_prototypes)
     logits = torch.ops.protomem.margin_softmax_logits(
         x,
         prototypes,

@@ -20,7 +20,7 @@ from protomem_kernels._checks import (
     check_occupied,
     check_prototypes,
 )
-from protomem_kernels.margins import ArcFace, CosineMap, DSoftmax, Margin, bind
+from protomem_kernels.margins import ArcFace, DSoftmax, Margin, TargetMap, bind
 from protomem_kernels.mining import HardestNegatives, HardSamples, MiningRule, ReshapesNegatives
 from protomem_kernels.ops._embeddings import unit_embeddings
 from protomem_kernels.ops.negative_logsumexp import negative_logsumexp
@@ -117,8 +117,8 @@ def loss_over_banks(
 
     counts = torch.stack([_in_bank(bank) for bank in banks]).any(dim=0)
     x, norm = unit_embeddings(torch.where(counts[:, None], embeddings, 0))
-    target_map = None if isinstance(margin, DSoftmax) else bind(margin, norm)
-    form = hard_negative_form(x, banks, counts, margin, target_map, mining, normalize_prototypes)
+    target_map = bind(_no_margin if isinstance(margin, DSoftmax) else margin, norm)
+    form = hard_negative_form(x, banks, counts, target_map, mining, normalize_prototypes)
     chosen = choose_negatives(x, banks, mining, normalize_prototypes)
 
     cosines, sums = [], []
@@ -140,8 +140,7 @@ def loss_over_banks(
     for other in sums[1:]:
         n = _logaddexp(n, other)
 
-    if target_map is None:
-        assert isinstance(margin, DSoftmax)
+    if isinstance(margin, DSoftmax):
         excess = n - scale * cosine
         losses = _softplus(scale * (margin.d - cosine)) + _softplus(n)
     else:
@@ -186,8 +185,7 @@ def hard_negative_form(
     x: Tensor,
     banks: Sequence[Bank],
     counts: Tensor,
-    margin: Margin | DSoftmax,
-    target_map: CosineMap | None,
+    target_map: TargetMap,
     mining: MiningRule | None,
     normalize_prototypes: bool,
 ) -> HardNegativeForm | None:
@@ -196,10 +194,7 @@ def hard_negative_form(
         return None
     with torch.no_grad():
         cosine = torch.stack([target_cosine(x, bank, normalize_prototypes) for bank in banks]).sum(dim=0)
-        if target_map is None:
-            plain: Margin = lambda c, norm: c  # noqa: E731
-            return mining.hard_negatives(cosine, counts, plain, lambda: cosine)
-        return mining.hard_negatives(cosine, counts, margin, lambda: target_map(cosine))  # type: ignore[arg-type]
+        return mining.hard_negatives(cosine, counts, target_map)
 
 
 def target_cosine(x: Tensor, bank: Bank, normalize_prototypes: bool) -> Tensor:
@@ -232,6 +227,10 @@ def choose_negatives(
     kept = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, best, True)
     slots = torch.cat([slots for _, slots in found], dim=1)
     return list(torch.where(kept, slots, -1).split(mining.k, dim=1))
+
+
+def _no_margin(cosine: Tensor, norm: Tensor) -> Tensor:
+    return cosine
 
 
 def _in_bank(bank: Bank) -> Tensor:

@@ -107,8 +107,17 @@ def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, _rows: Tensor, _o: 
     if ctx.needs_input_grad[0]:
         grad_x = grad_cosine[:, None] * target_rows + grad_n[:, None] * o
     if ctx.keeps_prototypes:
+        # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
+        x, *others, n = kept
+        alive = torch.isfinite(x).all(dim=1)
         grad_prototypes = torch.ops.protomem.negative_logsumexp_backward(
-            grad_cosine, grad_n, *kept, ctx.scale, ctx.normalize_prototypes
+            torch.where(alive, grad_cosine, 0),
+            torch.where(alive, grad_n, 0),
+            torch.where(alive[:, None], x, 0),
+            *others,
+            torch.where(alive, n, float("-inf")),
+            ctx.scale,
+            ctx.normalize_prototypes,
         )
     return grad_x, grad_prototypes, *[None] * 9
 

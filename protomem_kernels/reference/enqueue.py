@@ -14,11 +14,12 @@ from protomem_kernels.reference._rows import accumulation_dtype, unit_rows
 VANISHED = 1e-6  # a refreshed row this short has no direction: the new prototype takes its place
 
 
-def match_identities(memory_identities: Tensor, identities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def match_identities(memory_identities: Tensor, identities: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Join the batch's identities (P,) with the memory's (M,); negative identities match nothing.
 
     Returns:
-        first: (P,) int64; the first row of the batch with the same identity, -1 for a negative one.
+        first: (P,) int64; the first row of the batch with the same identity, the ``usable`` (P,) ones before the
+            others; -1 for a negative identity.
         slots: (P,) int64; where the identity stands in the memory, or -1.
         matched: (M,) bool; the slots whose identity is in the batch.
     """
@@ -26,7 +27,9 @@ def match_identities(memory_identities: Tensor, identities: Tensor) -> tuple[Ten
     if rows == 0 or capacity == 0:
         none = torch.full_like(identities, -1)
         return none, none, torch.zeros_like(memory_identities, dtype=torch.bool)
-    ordered, order = identities.sort(stable=True)
+    order = (~usable).int().argsort(stable=True)
+    ordered, by_identity = identities[order].sort(stable=True)
+    order = order[by_identity]
     starts = torch.searchsorted(ordered, ordered)  # the first of each run of equal identities
     first = torch.empty_like(order).scatter_(0, order, order[starts])
     first = torch.where(identities >= 0, first, -1)
@@ -80,22 +83,27 @@ def enqueue_(
     identities: Tensor,
     refresh_ratio: float,
     policy: str,
-) -> tuple[Tensor, Tensor]:
-    """Write the batch's prototypes (P, D) into the memory in place; return slots (P,) and evicted identities (P,)."""
+    keep_previous: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write the batch's prototypes (P, D) into the memory in place.
+
+    Returns slots (P,), evicted identities (P,), known (P,) bool: the identity stood in the memory before, and, if
+    ``keep_previous``, what stood in the slots before (P, D).
+    """
     clock += 1
     identities = identities.long()
     rows = identities.shape[0]
     if rows == 0:
-        return identities.new_empty(0), identities.new_empty(0)
+        previous = memory_prototypes.new_empty((0, memory_prototypes.shape[1]) if keep_previous else (0, 0))
+        return identities.new_empty(0), identities.new_empty(0), identities.new_empty(0, dtype=torch.bool), previous
     dtype = accumulation_dtype(memory_prototypes.dtype)
     p = prototypes.to(dtype)
     usable = torch.isfinite(p).all(dim=1) & (p != 0).any(dim=1) & (identities >= 0)
-    identities = torch.where(usable, identities, -1)
-    first, slots, matched = match_identities(memory_identities, identities)
+    first, slots, matched = match_identities(memory_identities, identities, usable)
 
     row = torch.arange(rows, device=identities.device)
-    leads = first == row  # the first usable row of its identity is the one that counts
-    known = slots >= 0
+    leads = usable & (first == row)  # the first usable row of its identity is the one that counts
+    known = usable & (slots >= 0)
     new = leads & ~known
     if policy == "fifo":
         victims = victims_fifo(matched, cursor, rows)
@@ -103,13 +111,13 @@ def enqueue_(
         victims = victims_lru(matched, memory_identities, stamps, rows)
     place = new.cumsum(0) - 1
     slots = torch.where(new, victims[place.clamp(min=0)], slots)
-    slots = torch.where(first >= 0, slots[first.clamp(min=0)], -1)
+    slots = torch.where(usable, slots[first.clamp(min=0)], -1)
     evicted = torch.where(new, memory_identities[slots.clamp(min=0)], -1)
 
-    old = memory_prototypes[slots.clamp(min=0)].to(dtype)
-    written = refreshed_rows(old, known, p, refresh_ratio).to(memory_prototypes.dtype)
+    previous = memory_prototypes[slots.clamp(min=0)]
+    written = refreshed_rows(previous.to(dtype), known, p, refresh_ratio).to(memory_prototypes.dtype)
     if refresh_ratio == 0:  # keeping means every bit
-        written = torch.where(known[:, None], old.to(memory_prototypes.dtype), written)
+        written = torch.where(known[:, None], previous, written)
 
     # Rows that write nothing repeat the write of one that does, or rewrite slot 0 as it stands if none does.
     source = torch.where(leads, row, leads.int().argmax())
@@ -121,4 +129,4 @@ def enqueue_(
     if policy == "fifo":
         last = victims[place[-1].clamp(min=0)]
         cursor.copy_(torch.where(new.any(), (last + 1) % memory_identities.shape[0], cursor))
-    return slots, evicted
+    return slots, evicted, known, previous if keep_previous else previous.new_empty(0, 0)

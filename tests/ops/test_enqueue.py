@@ -54,7 +54,7 @@ class Model:
     def enqueue(self, rows: list[list[float]], identities: list[int], r: float) -> tuple[list[int], list[int]]:
         self.clock += 1
         usable = [c >= 0 and all(map(math.isfinite, p)) and any(p) for p, c in zip(rows, identities, strict=True)]
-        batch = {c for c, ok in zip(identities, usable, strict=True) if ok}
+        batch = {c for c in identities if c >= 0}
         known = {c: self.find(c) for c in batch}
         slots, evicted, done = [], [], set()
         for row, c, ok in zip(rows, identities, usable, strict=True):

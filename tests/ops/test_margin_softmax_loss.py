@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import protomem_kernels as pmk
+from protomem_kernels.margins import bind
 from protomem_kernels.ops.margin_softmax_loss import Bank, loss_over_banks
 from protomem_kernels.ops.negative_logsumexp import EXPONENTS, exponent_offset, negative_logsumexp
 from protomem_kernels.types import HardNegativeForm
@@ -300,7 +301,7 @@ def test_exponent_offset_keeps_every_sum_in_range() -> None:
     assert exponent_offset(85.0, 100_000, None, torch.float32) is None
     assert exponent_offset(128.0, 1000, None, torch.float64) == 0
     mv = pmk.MVSoftmax().hard_negatives(
-        torch.zeros(1), torch.ones(1, dtype=torch.bool), pmk.ArcFace(), lambda: torch.zeros(1)
+        torch.zeros(1), torch.ones(1, dtype=torch.bool), bind(pmk.ArcFace(), torch.ones(1))
     )
     offset = exponent_offset(64.0, 100_000, mv, torch.float32)
     assert offset == pytest.approx(64 * 1.4 + math.log(1e5) + math.log(1.2) - 88)

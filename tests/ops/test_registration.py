@@ -60,7 +60,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     )
     for policy in ("fifo", "lru"):
         state = pmk.MemoryState.empty(6, 4)
-        yield "enqueue_", policy, (*state, torch.randn(3, 4), torch.tensor([4, -1, 9]), 0.2, policy)
+        yield "enqueue_", policy, (*state, torch.randn(3, 4), torch.tensor([4, -1, 9]), 0.2, policy, policy == "lru")
 
 
 CALLS = {f"{name} {variant}".strip(): (name, args) for name, variant, args in calls()}
