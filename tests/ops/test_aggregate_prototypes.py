@@ -135,6 +135,15 @@ def test_a_broken_row_is_zero_and_touches_no_other(backend: str, poison: float, 
 
 
 @each_backend
+@pytest.mark.parametrize(("remainder", "exists"), [(1e-7, False), (1e-5, True)])
+def test_almost_antipodal_images_have_no_direction(backend: str, remainder: float, exists: bool) -> None:
+    e = torch.tensor([[1.0, 0.0], [-1.0, remainder]], dtype=torch.float64)
+    with pmk.use_backend(backend):
+        result = pmk.aggregate_prototypes(e, torch.tensor([3, 3]))
+    assert bool(result.prototypes.any()) is exists
+
+
+@each_backend
 def test_huge_and_tiny_embeddings_keep_their_direction(backend: str) -> None:
     e = torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [0.0, 0.0]])
     with pmk.use_backend(backend):

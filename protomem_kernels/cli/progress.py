@@ -1,0 +1,85 @@
+"""What a person sees of a run: a progress bar while it trains, TensorBoard beside it, a table at the end."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from protomem_kernels.cli.config import TrainConfig
+from protomem_kernels.cli.training import Step
+
+
+class Display:
+    """Context manager: ``show`` moves the bar on and writes the step to TensorBoard."""
+
+    def __init__(self, folder: Path, config: TrainConfig, *, first_step: int, console: Console) -> None:
+        self._folder, self._config, self._first_step = folder, config, first_step
+        self._smooth = 0.0  # moving average of the loss, for the eye only
+        self._bar = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss [cyan]{task.fields[loss]:.3f}[/]  memory [cyan]{task.fields[occupancy]:.0%}[/]"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> Display:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensorboard's own dependencies
+            from torch.utils.tensorboard import SummaryWriter
+        # Events of steps that a killed run took after its last checkpoint are marked as undone.
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._first_step + 1)
+        self._bar.start()
+        self._task = self._bar.add_task(
+            "training", total=self._config.steps, completed=self._first_step, loss=0.0, occupancy=0.0
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._writer.close()
+
+    def show(self, step: Step) -> None:
+        """Take note of one training step."""
+        self._smooth = step.loss if not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
+        self._bar.update(self._task, completed=step.number, loss=self._smooth, occupancy=step.occupancy)
+        for name, value in zip(step._fields[1:], step[1:], strict=True):
+            self._writer.add_scalar(f"train/{name}", value, step.number)
+
+
+def result_table(folder: Path, metrics: dict[str, Any]) -> Table:
+    """Return the run's figures beside those of the raw pixels."""
+    table = Table(
+        title=f"Verification of {metrics['unseen_identities']} people never trained on",
+        caption=f"{folder}: metrics.json, roc.png, hardest_pairs.png; tensorboard --logdir {folder.parent}",
+    )
+    for heading in ("", "Prototype Memory", "raw pixels", "gain"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = {
+        "verification accuracy": ("verification_accuracy", "baseline_raw_pixels"),
+        "TAR at FAR 1e-2": ("tar_at_far_1e-2", "baseline_tar_at_far_1e-2"),
+        "rank-1 identification": ("rank1", "baseline_rank1"),
+        "area under the ROC": ("auc", "baseline_auc"),
+    }
+    for title, (ours, baseline) in rows.items():
+        gain = metrics[ours] - metrics[baseline]
+        table.add_row(
+            title,
+            f"[bold]{metrics[ours]:.3f}[/]",
+            f"{metrics[baseline]:.3f}",
+            f"[{'green' if gain > 0 else 'red'}]{gain:+.3f}[/]",
+        )
+    table.add_section()
+    table.add_row("accuracy, pixels in ten views", "", f"{metrics['baseline_ten_views']:.3f}", "")
+    return table
