@@ -157,7 +157,7 @@ class PrototypeMemoryLoss(nn.Module):
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
         self.memory.check(embeddings, labels, weights)
         targets, banks, counts = (
-            self._write(embeddings, labels, weights, return_stats) if self.training else self._read(embeddings, labels)
+            self._write(embeddings, labels, weights) if self.training else self._read(embeddings, labels)
         )
         result = loss_over_banks(
             embeddings,
@@ -181,7 +181,7 @@ class PrototypeMemoryLoss(nn.Module):
         bank = Bank(self.memory.prototypes, targets, self.memory.occupied)
         return _Step(targets, [bank], torch.zeros(3, dtype=torch.int64, device=targets.device))
 
-    def _write(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None, count: bool) -> _Step:
+    def _write(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> _Step:
         """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
         if self.prototype_gradient == "memory" and self._optimizer is None:
             raise RuntimeError("prototype_gradient='memory' needs attach_optimizer(optimizer) before the first step")
@@ -201,7 +201,7 @@ class PrototypeMemoryLoss(nn.Module):
         )
         targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
         entered = (slots >= 0) & ~known
-        counts = torch.stack([entered.sum(), known.sum(), (evicted >= 0).sum()]) if count else None
+        counts = torch.stack([entered.sum(), known.sum(), (evicted >= 0).sum()])
         if self.prototype_gradient == "fresh":
             return _Step(targets, self._fresh_banks(made, slots, known, previous, targets), counts)
         if self.prototype_gradient == "memory":
@@ -230,9 +230,8 @@ class PrototypeMemoryLoss(nn.Module):
 
     @torch.no_grad()
     def _stats(
-        self, embeddings: Tensor, targets: Tensor, seen: MarginSoftmaxStats, counts: Tensor | None
+        self, embeddings: Tensor, targets: Tensor, seen: MarginSoftmaxStats, counts: Tensor
     ) -> PrototypeMemoryStats:
-        assert counts is not None
         nearest, slots = hardest_negatives(
             embeddings.detach(), self.memory.prototypes.detach(), targets, k=1, occupied=self.memory.occupied
         )
@@ -247,7 +246,7 @@ class _Step(NamedTuple):
 
     targets: Tensor
     banks: list[Bank]
-    counts: Tensor | None
+    counts: Tensor
 
 
 def _slot_mask(slots: Tensor, capacity: int) -> Tensor:

@@ -15,6 +15,7 @@ from protomem_kernels.reference._rows import (
     chosen_rows_backward,
     gather_rows,
     memory_tiles,
+    minus_infinity_unless,
     put_in_tile_,
     row_blocks,
     tile_width,
@@ -47,7 +48,7 @@ def hardest_negatives(
     for start, tile in memory_tiles(prototypes, occupied, x.dtype, normalize_prototypes, width):
         cosines = x @ tile.T
         if occupied is not None:
-            cosines.masked_fill_(~occupied[start : start + width], NONE)
+            cosines += minus_infinity_unless(occupied[start : start + width], cosines.dtype)
         put_in_tile_(cosines, targets - start, NONE)
         slots = torch.arange(start, start + tile.shape[0], device=x.device).expand(batch, -1)
         candidates = torch.cat([best, torch.where(cosines.isnan(), NONE, cosines)], dim=1)

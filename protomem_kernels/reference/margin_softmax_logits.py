@@ -10,6 +10,7 @@ from torch import Tensor
 
 from protomem_kernels.reference._rows import (
     memory_tiles,
+    minus_infinity_unless,
     put_in_tile_,
     tile_width,
     unit_rows_backward,
@@ -38,7 +39,7 @@ def margin_softmax_logits(
     for start, tile in memory_tiles(prototypes, present, x.dtype, normalize_prototypes, width):
         values, _ = reshape_hard(y @ tile.T, threshold, coefficients, scale)
         if present is not None:
-            values.masked_fill_(~present[start : start + width], float("-inf"))
+            values += minus_infinity_unless(present[start : start + width], values.dtype)
         put_in_tile_(values, targets - start, target_logits)
         logits[:, start : start + width] = values
     return logits

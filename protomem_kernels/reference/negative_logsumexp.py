@@ -27,6 +27,7 @@ from protomem_kernels.reference._rows import (
     chosen_rows_backward,
     gather_rows,
     memory_tiles,
+    minus_infinity_unless,
     put_in_tile_,
     row_blocks,
     tile_width,
@@ -38,17 +39,24 @@ from protomem_kernels.reference._rows import (
 def reshape_hard(
     scaled: Tensor, threshold: Tensor | None, coefficients: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Return s h and h' (None where it is 1 throughout) for scaled cosines (B, T) and thresholds (B,)."""
+    """Return s h and h' (None where it is 1 throughout) for scaled cosines (B, T), overwritten, and thresholds (B,)."""
     if threshold is None or coefficients is None:
         return scaled, None
     tau = scale * threshold.to(scaled.dtype)
-    if scaled.device.type == "cpu" and scaled.shape[1] and not bool((scaled.amax(dim=1) > tau).any()):
-        return scaled, None  # most tiles of a trained model hold no hard negative; looking is cheap here
+    if scaled.device.type == "cpu" and scaled.shape[1]:
+        rows = torch.nonzero(scaled.amax(dim=1) > tau)[:, 0]  # in a trained model few rows of a tile hold a hard one
+        if rows.numel() == 0:
+            return scaled, None
+    else:
+        rows = torch.arange(scaled.shape[0], device=scaled.device)
     a, b, g = coefficients.to(scaled.dtype)
-    hard = scaled > tau[:, None]
-    form = scaled.mul(g / scale).add_(a).mul_(scaled).add_(scale * b)
-    slope = scaled.mul(2 * g / scale).add_(a)
-    return torch.where(hard, form, scaled), torch.where(hard, slope, 1)
+    y = scaled[rows]
+    hard = y > tau[rows, None]
+    form = y.mul(g / scale).add_(a).mul_(y).add_(scale * b)
+    slope = torch.ones_like(scaled)
+    slope[rows] = torch.where(hard, y.mul(2 * g / scale).add_(a), 1)
+    scaled[rows] = torch.where(hard, form, y)
+    return scaled, slope
 
 
 def all_present(occupied: Tensor | None) -> bool:
@@ -136,13 +144,13 @@ def _stream(
         logits, slope = reshape_hard(logits, threshold, coefficients, scale)
         if sums.running:
             if present is not None:
-                logits.masked_fill_(~present[start : start + width], float("-inf"))
+                logits += minus_infinity_unless(present[start : start + width], logits.dtype)
             put_in_tile_(logits, targets - start, float("-inf"))
             e = sums.exponentials(logits)
         else:
             e = sums.exponentials(logits)
             if present is not None:
-                e.masked_fill_(~present[start : start + width], 0)
+                e *= present[start : start + width]
             put_in_tile_(e, targets - start, 0.0)
         sums.total += e.sum(dim=1)
         if sums.moment is not None:
@@ -205,9 +213,9 @@ def negative_logsumexp_backward(
     n = torch.where(n == float("-inf"), float("inf"), n)[:, None]  # no negatives: no probability
 
     def probabilities(scaled: Tensor) -> Tensor:
-        """Return dL/dcos_ij = dL/dn_i s q_ij h'_ij for scaled cosines (B, T)."""
+        """Return dL/dcos_ij = dL/dn_i s q_ij h'_ij for scaled cosines (B, T), overwritten."""
         logits, slope = reshape_hard(scaled, threshold, coefficients, scale)
-        p = (logits - n).exp_().mul_((scale * grad_n)[:, None])
+        p = logits.sub_(n).exp_().mul_((scale * grad_n)[:, None])
         return p if slope is None else p.mul_(slope)
 
     if negatives is not None:
@@ -216,18 +224,18 @@ def negative_logsumexp_backward(
             probabilities, grad_cosine, x, prototypes, targets, slots, scale, normalize_prototypes
         )
 
-    empty = present = None
+    present = None
     if occupied is not None and not all_present(occupied):
-        empty = ~occupied
         padded = torch.cat([occupied, occupied.new_zeros(1)])  # a target is present whatever `occupied` says
         present = padded.index_fill(0, torch.where(targets < 0, capacity, targets), True)[:capacity]
     grad = torch.empty_like(prototypes, memory_format=torch.contiguous_format)
     width = tile_width(x.shape[0])
     y = x * scale
+    buffer = y.new_empty(y.shape[0] * min(width, capacity))
     for start, tile in memory_tiles(prototypes, present, x.dtype, normalize_prototypes, width):
-        p = probabilities(y @ tile.T)
-        if empty is not None:
-            p.masked_fill_(empty[start : start + width], 0)
+        p = probabilities(torch.mm(y, tile.T, out=buffer[: y.shape[0] * tile.shape[0]].view(y.shape[0], tile.shape[0])))
+        if present is not None and occupied is not None:
+            p *= occupied[start : start + width]
         put_in_tile_(p, targets - start, grad_cosine)
         tile_grad = p.T @ x
         if normalize_prototypes:

@@ -45,6 +45,7 @@ def killed(fault: Fault) -> str:
             fault.tests,
         ]
         environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["PROTOMEM_MUTANT"] = "1"
         done = subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode == 1:
         return "killed"

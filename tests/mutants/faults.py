@@ -104,7 +104,7 @@ FAULTS = [
         "torch.where(some, clock - 1, stamps[0])",
         T_ENQUEUE,
     ),
-    Fault("duplicates enter twice", ENQUEUE, "leads = first == row", "leads = first >= 0", T_ENQUEUE),
+    Fault("duplicates enter twice", ENQUEUE, "leads = usable & (first == row)", "leads = usable", T_ENQUEUE),
     # negative_logsumexp
     Fault("target not excluded", SUM, "put_in_tile_(e, targets - start, 0.0)", "pass", T_LOSS),
     Fault(
@@ -114,11 +114,11 @@ FAULTS = [
         "pass",
         T_LOSS,
     ),
-    Fault("empty slots count", SUM, "e.masked_fill_(~present[start : start + width], 0)", "pass", T_LOSS),
+    Fault("empty slots count", SUM, "e *= present[start : start + width]", "pass", T_LOSS),
     Fault("scale missing in the gradient", SUM, "scale / self.total, 0)", "1 / self.total, 0)", T_LOSS),
     Fault("slope of the hard form missing", SUM, "e if slope is None else e.mul_(slope)", "e", T_LOSS),
-    Fault("hard form applied to easy negatives", SUM, "hard = scaled > ", "hard = scaled < ", T_LOSS),
-    Fault("quadratic term lost", SUM, "form = scaled.mul(g / scale)", "form = scaled.mul(0 * g)", T_LOSS),
+    Fault("hard form applied to easy negatives", SUM, "hard = y > ", "hard = y < ", T_LOSS),
+    Fault("quadratic term lost", SUM, "form = y.mul(g / scale)", "form = y.mul(0 * g)", T_LOSS),
     Fault("sum not rescaled when the maximum moves", SUM, "self.total *= rescale", "pass", T_LOSS),
     Fault("offset not added back", SUM, "self.total.log() + self.shift", "self.total.log()", T_LOSS),
     Fault(
@@ -148,7 +148,7 @@ FAULTS = [
     Fault(
         "garbage of empty slots seen",
         ROWS,
-        "tile = torch.where(present[start : start + width, None], tile, 0)",
+        "tile = keep_rows(tile, present[start : start + width])",
         "pass",
         T_LOSS,
     ),
@@ -174,7 +174,7 @@ FAULTS = [
     Fault(
         "empty slots among the negatives",
         TOP,
-        "cosines.masked_fill_(~occupied[start : start + width], NONE)",
+        "cosines += minus_infinity_unless(occupied[start : start + width], cosines.dtype)",
         "pass",
         T_TOP,
     ),
@@ -229,8 +229,8 @@ FAULTS = [
     Fault(
         "autocast reaches the products",
         "ops/dispatch.py",
-        "if not torch.is_autocast_enabled(tensors[0].device.type):",
-        "if True:",
+        "with without_autocast(tensors[0]):",
+        "with contextlib.nullcontext():",
         T_LOSS,
     ),
     # margins, mining, quality
@@ -258,8 +258,8 @@ FAULTS = [
     Fault(
         "AdaFace's statistics follow a single sample",
         "margins.py",
-        "(number > 1) & torch.isfinite(spread)",
-        "torch.isfinite(spread)",
+        "torch.where(number > 1, self.momentum, 0.0)",
+        "torch.where(number > 0, self.momentum, 0.0)",
         T_MARGINS,
     ),
     Fault("CurricularFace's t not updated", "mining.py", "self._update(target_cosine, counts)", "pass", T_MINING),

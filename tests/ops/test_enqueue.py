@@ -219,6 +219,15 @@ def test_least_recently_written_leaves_first(backend: str) -> None:
 
 
 @each_backend
+def test_lru_takes_empty_slots_first_whatever_the_stamps_say(backend: str) -> None:
+    state = pmk.MemoryState.empty(3, 1)
+    state.prototypes[1], state.identities[1], state.stamps[2] = 1.0, 5, 7  # written by hand: an occupied slot of age 0
+    with pmk.use_backend(backend):
+        slots, evicted = pmk.enqueue_(state, torch.ones(3, 1), torch.tensor([6, 7, 8]), policy="lru")
+    assert (slots.tolist(), evicted.tolist()) == ([0, 2, 1], [-1, -1, 5])
+
+
+@each_backend
 @each_policy
 def test_refresh_ratio_zero_keeps_every_bit(backend: str, policy: str) -> None:
     state = pmk.MemoryState.empty(5, 7, dtype=torch.bfloat16)
