@@ -151,8 +151,9 @@ def values_can_be_read(tensor: Tensor) -> bool:
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return a context in which products on the tensor's device keep their dtype."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 

@@ -127,6 +127,6 @@ def enqueue_(
     memory_identities[target] = torch.where(some, identities[source], memory_identities[0])
     stamps[target] = torch.where(some, clock, stamps[0])
     if policy == "fifo":
-        last = victims[place[-1].clamp(min=0)]
+        last = victims.index_select(0, place[-1:].clamp(min=0))[0]  # an index of one element alone would synchronise
         cursor.copy_(torch.where(new.any(), (last + 1) % memory_identities.shape[0], cursor))
     return slots, evicted, known, previous if keep_previous else previous.new_empty(0, 0)

@@ -105,6 +105,13 @@ FAULTS = [
         T_ENQUEUE,
     ),
     Fault("duplicates enter twice", ENQUEUE, "leads = usable & (first == row)", "leads = usable", T_ENQUEUE),
+    Fault(
+        "a value is read back on a GPU",
+        ENQUEUE,
+        "victims.index_select(0, place[-1:].clamp(min=0))[0]",
+        "victims[place[-1].clamp(min=0)]",
+        "tests/ops/test_no_synchronisation.py",
+    ),
     # negative_logsumexp
     Fault("target not excluded", SUM, "put_in_tile_(e, targets - start, 0.0)", "pass", T_LOSS),
     Fault(
