@@ -120,10 +120,44 @@ def loss_over_banks(
     target_map = bind(_no_margin if isinstance(margin, DSoftmax) else margin, norm)
     form = hard_negative_form(x, banks, counts, target_map, mining, normalize_prototypes)
     chosen = choose_negatives(x, banks, mining, normalize_prototypes)
+    cosine, n = _cosine_and_negatives(x, banks, chosen, form, scale, normalize_prototypes)
 
-    cosines, sums = [], []
+    excess = n - scale * target_map(cosine)
+    if isinstance(margin, DSoftmax):
+        losses = _softplus(scale * (margin.d - cosine)) + _softplus(n)
+    else:
+        losses = _softplus(excess)
+    penalty = getattr(margin, "penalty", None)
+    if penalty is not None:
+        losses = losses + penalty(norm)
+
+    kept = mining.kept(losses, counts) if isinstance(mining, HardSamples) else counts
+    loss = torch.where(kept, losses, 0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / kept.sum().clamp(min=1)
+    if not return_stats:
+        return loss
+    seen = torch.stack([cosine, n, torch.sigmoid(-excess)]).detach()
+    return loss, MarginSoftmaxStats(*torch.where(counts, seen, 0))
+
+
+def _cosine_and_negatives(
+    x: Tensor,
+    banks: Sequence[Bank],
+    chosen: Sequence[Tensor | None],
+    form: HardNegativeForm | None,
+    scale: float,
+    normalize_prototypes: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the target cosine (B,) and the log-sum-exp of the negatives (B,) over all banks.
+
+    A sample has its target in one bank and cosine 0 in the others; log-sum-exps of disjoint sets add up.
+    """
+    cosine = n = None
     for bank, negatives in zip(banks, chosen, strict=True):
-        c, n = negative_logsumexp(
+        c_here, n_here = negative_logsumexp(
             x,
             bank.prototypes,
             bank.targets,
@@ -133,37 +167,11 @@ def loss_over_banks(
             form=form,
             normalize_prototypes=normalize_prototypes,
         )
-        cosines.append(c)
-        sums.append(n)
-    cosine = cosines[0] if len(banks) == 1 else torch.stack(cosines).sum(dim=0)
-    n = sums[0]
-    for other in sums[1:]:
-        n = _logaddexp(n, other)
-
-    if isinstance(margin, DSoftmax):
-        excess = n - scale * cosine
-        losses = _softplus(scale * (margin.d - cosine)) + _softplus(n)
-    else:
-        excess = n - scale * target_map(cosine)
-        losses = _softplus(excess)
-    penalty = getattr(margin, "penalty", None)
-    if penalty is not None:
-        losses = losses + penalty(norm)
-    losses = torch.where(counts, losses, 0)
-    if isinstance(mining, HardSamples):
-        counts = mining.kept(losses, counts)
-        losses = torch.where(counts, losses, 0)
-
-    loss = losses
-    if reduction != "none":
-        loss = losses.sum()
-    if reduction == "mean":
-        loss = loss / counts.sum().clamp(min=1)
-    if not return_stats:
-        return loss
-    seen = torch.stack([cosine, n, torch.sigmoid(-excess)]).detach()
-    present = torch.stack([_in_bank(bank) for bank in banks]).any(dim=0)
-    return loss, MarginSoftmaxStats(*torch.where(present, seen, 0))
+        cosine = c_here if cosine is None else cosine + c_here
+        n = n_here if n is None else _logaddexp(n, n_here)
+    assert cosine is not None
+    assert n is not None
+    return cosine, n
 
 
 def check_objective(margin: Margin | DSoftmax, scale: float, mining: MiningRule | None) -> None:

@@ -207,8 +207,8 @@ FAULTS = [
     Fault(
         "ignored samples counted in the mean",
         LOSS,
-        "loss / counts.sum().clamp(min=1)",
-        "loss / max(counts.numel(), 1)",
+        "loss / kept.sum().clamp(min=1)",
+        "loss / max(kept.numel(), 1)",
         T_LOSS,
     ),
     Fault(
