@@ -610,10 +610,11 @@ def test_a_folder_that_is_gone(tmp_path):
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["residual", "residual-pooled"])
 @pytest.mark.parametrize("size", [(56, 46), (17, 9), (8, 8)])
-def test_the_residual_encoder_takes_any_size(size):
+def test_the_residual_encoder_takes_any_size(size, name):
     torch.manual_seed(0)
-    encoder = encoders.build_encoder("residual", channels=3, image_size=size, embedding_dim=10, width=4, dropout=0.1)
+    encoder = encoders.build_encoder(name, channels=3, image_size=size, embedding_dim=10, width=4, dropout=0.1)
     embeddings = encoder(torch.randn(5, 3, *size))
     assert embeddings.shape == (5, 10)
     embeddings.square().sum().backward()

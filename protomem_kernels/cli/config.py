@@ -73,7 +73,9 @@ class TrainConfig:
     augmentation: float = option(1.0, "Strength of the augmentation; 0: none.", DATA, low=0.0, high=4.0)
     workers: int = option(0, "Processes that read images (folders only).", DATA, low=0, high=256)
 
-    encoder: str = option("residual", "residual (small CNN), or the name of a timm model.", MODEL)
+    encoder: str = option(
+        "residual", "residual (small CNN), residual-pooled (for images that are not aligned), or a timm model.", MODEL
+    )
     width: int = option(16, "Channels of the residual CNN's first stage.", MODEL, low=1, high=1024)
     embedding_dim: int = option(128, "Size of an embedding.", MODEL, low=2, high=8192)
     dropout: float = option(0.4, "Dropout before the last layer of the residual CNN.", MODEL, low=0.0, high=0.9)

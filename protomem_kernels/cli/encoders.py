@@ -17,7 +17,8 @@ def build_encoder(
     """Return a module that maps (B, ``channels``, *``image_size``) float32 images to (B, ``embedding_dim``) embeddings.
 
     Args:
-        name: ``residual`` for ``ResidualEncoder``, anything else is a timm model (no ``width``, no ``dropout``).
+        name: ``residual`` for ``ResidualEncoder``, ``residual-pooled`` for it with global average pooling; anything
+            else is a timm model (no ``width``, no ``dropout``).
         channels: 1 for grey images, 3 for colour.
         image_size: height and width in pixels.
         embedding_dim: size of an embedding.
@@ -25,8 +26,9 @@ def build_encoder(
         dropout: in front of the residual CNN's last layer.
 
     """
-    if name == "residual":
-        return ResidualEncoder(channels, image_size, embedding_dim, width=width, dropout=dropout)
+    if name in ("residual", "residual-pooled"):
+        pooled = name == "residual-pooled"
+        return ResidualEncoder(channels, image_size, embedding_dim, width=width, dropout=dropout, pooled=pooled)
     encoder = TimmEncoder(name, channels, embedding_dim)
     _try_out(encoder, name, torch.zeros(1, channels, *image_size))
     return encoder
@@ -36,11 +38,19 @@ class ResidualEncoder(nn.Module):
     """Three stages of pre-normalised residual blocks, then one fully connected layer over all positions.
 
     Faces come aligned, so *where* a feature stands says as much as what it is: a fully connected layer keeps the place,
-    global average pooling would throw it away (docs/notes/training.md has the figures).
+    global average pooling (``pooled``, for images that are not aligned) throws it away (docs/notes/training.md has the
+    figures).
     """
 
     def __init__(
-        self, channels: int, image_size: tuple[int, int], embedding_dim: int, *, width: int = 16, dropout: float = 0.0
+        self,
+        channels: int,
+        image_size: tuple[int, int],
+        embedding_dim: int,
+        *,
+        width: int = 16,
+        dropout: float = 0.0,
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         self.features = nn.Sequential(
@@ -52,8 +62,10 @@ class ResidualEncoder(nn.Module):
             ResidualBlock(2 * width, 4 * width, stride=2),
             nn.BatchNorm2d(4 * width),
         )
-        height, breadth = (-(-size // 8) for size in image_size)  # three halvings, rounded up
+        # Three halvings, rounded up, leave this many positions.
+        height, breadth = (1, 1) if pooled else (-(-size // 8) for size in image_size)
         self.embed = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1) if pooled else nn.Identity(),
             nn.Flatten(),
             nn.Dropout(dropout),
             nn.Linear(4 * width * height * breadth, embedding_dim, bias=False),
