@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -957,3 +959,17 @@ def test_compiled_equals_eager(mode):
         torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-4, atol=1e-6)
         assert torch.equal(eager.memory.identities, compiled_head.memory.identities)
         torch.testing.assert_close(eager.memory.prototypes, compiled_head.memory.prototypes, rtol=0, atol=1e-6)
+
+
+def test_a_copy_of_a_learnable_memory_asks_for_its_own_optimizer():
+    head = PrototypeMemoryLoss(3, 4, prototype_gradient="memory")
+    head.attach_optimizer(torch.optim.SGD(head.parameters(), lr=0.1))
+    embeddings, labels = torch.randn(2, 3), torch.tensor([1, 2])
+    head(embeddings, labels)
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(PrototypeMemoryLoss(3, 4)))):
+        twin.load_state_dict(head.state_dict())
+        if twin.prototype_gradient == "memory":
+            with pytest.raises(RuntimeError, match="attach_optimizer"):
+                twin(embeddings, labels)
+            twin.attach_optimizer(torch.optim.SGD(twin.parameters(), lr=0.1))
+        assert torch.equal(twin(embeddings, labels), head(embeddings, labels))
