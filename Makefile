@@ -5,28 +5,42 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+BUILT  := $(VENV)/.built
 ARGS   ?=
+CXX_FILES := $(shell find csrc -type f -name '*.h' -o -type f -name '*.cpp')
 
-.PHONY: train test lint types timing mutants lock clean
+.PHONY: train test extension lint format types timing mutants lock clean
 
-train: $(READY)
+train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
 
-test: lint types timing mutants
+test: lint types extension timing mutants
 	$(BIN)/python -m pytest -n 2 -m "not timing" --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
-timing: $(READY)
+timing: $(BUILT)
 	$(BIN)/python -m pytest -q -m timing --no-header -rP tests/test_speed.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 types: $(READY)
 	$(BIN)/mypy
 
-mutants: $(READY)
+mutants: $(BUILT)
 	$(BIN)/python -m tests.mutants
+
+# The compiled CPU part, into protomem_kernels/: built again when its sources change, and only what changed.
+extension: $(BUILT)
+$(BUILT): $(READY) setup.py CMakeLists.txt $(CXX_FILES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $(BUILT)
 
 # The environment is rebuilt when the lock or the package's metadata changes.
 $(READY): requirements-dev.lock pyproject.toml
@@ -34,7 +48,7 @@ $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $(READY)
+	touch $(READY) $(BUILT)
 
 # Newest versions that support every Python from 3.10 on. torch alone is pinned by hand; what a CUDA build of torch
 # brings along (nvidia-*, triton) is its own business.
@@ -46,4 +60,4 @@ lock: $(READY)
 	mv requirements-dev.lock.new requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info protomem_kernels/_C.*

@@ -106,7 +106,9 @@ def refuse_targets_past_the_end(targets: Tensor, slots: int, name: str = "target
 
 def refuse_bad_weights(weights: Tensor) -> None:
     """Raise if a weight is negative or not finite; reads values."""
-    bad = ~(torch.isfinite(weights) & (weights >= 0))
-    if bool(bad.any()):
-        at = int(bad.int().argmax())
+    if weights.numel() == 0:
+        return
+    lowest, highest = (value.item() for value in weights.aminmax())
+    if not (lowest >= 0 and highest < math.inf):  # NaN comes through aminmax, and fails both
+        at = int((~(torch.isfinite(weights) & (weights >= 0))).int().argmax())
         raise ValueError(f"weights must be finite and not negative, got {weights[at].item()} at index {at}")

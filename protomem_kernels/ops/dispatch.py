@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protomem_kernels import reference
+from protomem_kernels import compiled, reference
 
 LIBRARY = torch.library.Library("protomem", "DEF")
 
@@ -27,13 +27,15 @@ LIBRARY = torch.library.Library("protomem", "DEF")
 class Backend:
     """A set of kernels: ``kernels`` maps an operator's name to its function.
 
-    ``unavailable()`` and ``refuses(operator, tensors)`` return the reason, or None.
+    ``unavailable()`` and ``refuses(operator, tensors)`` return the reason, or None. ``passed_over(tensors)`` hears of
+    every call that is left to the next backend because this one is not available.
     """
 
     name: str
     kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[str, Sequence[Tensor]], str | None] = lambda operator, tensors: None
+    passed_over: Callable[[Sequence[Tensor]], None] = lambda tensors: None
 
     def reason_against(self, operator: str, tensors: Sequence[Tensor]) -> str | None:
         """Return why this backend cannot serve the call, or None if it can."""
@@ -51,7 +53,7 @@ def _not_in_this_version() -> str:
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend("cuda", unavailable=_not_in_this_version),
     "triton": Backend("triton", unavailable=_not_in_this_version),
-    "cpu": Backend("cpu", unavailable=_not_in_this_version),
+    "cpu": Backend("cpu", compiled.CPU_KERNELS, compiled.unavailable, compiled.refuses, compiled.warn_once),
     "reference": Backend("reference", reference.KERNELS),
 }
 
@@ -85,8 +87,9 @@ def explain(operator: str, *tensors: Tensor) -> list[Choice]:
     Raises:
         ValueError: there is no such operator.
 
-    >>> [str(choice) for choice in explain("aggregate_prototypes", torch.zeros(2, 3))][-1]
-    'reference  chosen'
+    >>> with use_backend("reference"):
+    ...     print(explain("aggregate_prototypes", torch.zeros(2, 3))[-1])
+    reference  chosen
     """
     operator = SERVED_BY.get(operator, operator)
     if operator not in reference.KERNELS:
@@ -112,6 +115,8 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     for backend in BACKENDS.values() if wanted is None else (BACKENDS[wanted],):
         if backend.reason_against(operator, tensors) is None:
             return backend.kernels[operator]
+        if wanted is None and backend.unavailable() is not None:
+            backend.passed_over(tensors)
     listing = "\n  ".join(
         f"{name:<10} {b.reason_against(operator, tensors) or 'could'}" for name, b in BACKENDS.items()
     )

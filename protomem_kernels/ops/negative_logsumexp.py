@@ -14,6 +14,8 @@ from protomem_kernels.types import HardNegativeForm
 
 # Exponents that float32 / float64 can hold, with a margin below overflow and above the smallest normal number.
 EXPONENTS = {torch.float32: (-87.0, 88.0), torch.float64: (-708.0, 709.0)}
+# Bytes that a call may keep for the prototypes' gradient, so that backward need not form those products again.
+WORK_SPACE = 64 * 1024 * 1024
 
 
 def exponent_offset(scale: float, slots: int, form: HardNegativeForm | None, dtype: torch.dtype) -> float | None:
@@ -27,6 +29,13 @@ def exponent_offset(scale: float, slots: int, form: HardNegativeForm | None, dty
     largest = scale * highest + math.log(max(slots, 1)) + math.log(max(steepest, 1.0))
     offset = max(0.0, largest - top)
     return offset if scale * lowest - offset > bottom else None
+
+
+def rows_to_keep(x: Tensor, prototypes: Tensor, offset: float | None) -> int:
+    """Return for how many samples forward keeps its exponentials (M each), to spare backward the product."""
+    if offset is None or not (torch.is_grad_enabled() and prototypes.requires_grad):
+        return 0
+    return min(x.shape[0], WORK_SPACE // max(1, prototypes.shape[0] * x.element_size()))
 
 
 def negative_logsumexp(
@@ -44,7 +53,8 @@ def negative_logsumexp(
 
     ``n_i = log sum_j exp(scale h_ij)`` over the occupied slots j other than the target (only ``negatives``, if given),
     with ``h_ij`` the cosine or its hard-negative form; -inf where there are none. The gradient of ``x`` is accumulated
-    in the forward pass, so the backward pass reads no prototype unless ``prototypes`` needs a gradient itself.
+    in the forward pass, so the backward pass reads no prototype unless ``prototypes`` needs a gradient itself; for that
+    one, up to ``WORK_SPACE`` bytes of exponentials are kept from forward to backward.
 
     Args:
         x: (B, D) float32 or float64, unit or zero rows.
@@ -64,7 +74,7 @@ def negative_logsumexp(
     """
     offset = exponent_offset(scale, prototypes.shape[0], form, x.dtype)
     with_gradient = torch.is_grad_enabled() and x.requires_grad
-    cosine, n, _, _ = torch.ops.protomem.negative_logsumexp(
+    cosine, n, *_ = torch.ops.protomem.negative_logsumexp(
         x,
         prototypes,
         targets,
@@ -76,6 +86,7 @@ def negative_logsumexp(
         offset,
         normalize_prototypes,
         with_gradient,
+        rows_to_keep(x, prototypes, offset) if negatives is None else 0,
     )
     return cosine, n
 
@@ -84,31 +95,34 @@ def _check_values(x: Tensor, prototypes: Tensor, targets: Tensor, *_: Any) -> No
     refuse_targets_past_the_end(targets, prototypes.shape[0])
 
 
-def _fake(x: Tensor, prototypes: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with_gradient = rest[-1]
+def _fake(x: Tensor, prototypes: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, with_gradient, kept_rows = rest
     o = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradient else x.new_empty(0, 0)
-    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0]), x.new_empty(x.shape), o
+    kept = x.new_empty(prototypes.shape[0], kept_rows)
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape[0]), x.new_empty(x.shape), o, kept
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, prototypes, targets, occupied, negatives, threshold, coefficients, scale, _, normalize_prototypes, _ = inputs
-    _, n, target_rows, o = output
-    ctx.mark_non_differentiable(target_rows, o)
+    x, prototypes, targets, occupied, negatives, threshold, coefficients, scale, offset, normalize_prototypes, *_ = (
+        inputs
+    )
+    _, n, target_rows, o, kept = output
+    ctx.mark_non_differentiable(target_rows, o, kept)
     # Without a gradient of their own, the prototypes may be overwritten before backward: they are not kept.
     ctx.keeps_prototypes = ctx.needs_input_grad[1]
-    kept = (x, prototypes, targets, occupied, negatives, threshold, coefficients, n) if ctx.keeps_prototypes else ()
-    ctx.save_for_backward(target_rows, o, *kept)
-    ctx.scale, ctx.normalize_prototypes = scale, normalize_prototypes
+    inside = (x, prototypes, targets, occupied, negatives, threshold, coefficients, kept, n)
+    ctx.save_for_backward(target_rows, o, *(inside if ctx.keeps_prototypes else ()))
+    ctx.scale, ctx.offset, ctx.normalize_prototypes = scale, offset, normalize_prototypes
 
 
-def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, _rows: Tensor, _o: Tensor) -> Any:
-    target_rows, o, *kept = ctx.saved_tensors
+def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, *_: Any) -> Any:
+    target_rows, o, *inside = ctx.saved_tensors
     grad_x = grad_prototypes = None
     if ctx.needs_input_grad[0]:
         grad_x = grad_cosine[:, None] * target_rows + grad_n[:, None] * o
     if ctx.keeps_prototypes:
         # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
-        x, *others, n = kept
+        x, *others, n = inside
         alive = torch.isfinite(x).all(dim=1)
         grad_prototypes = torch.ops.protomem.negative_logsumexp_backward(
             torch.where(alive, grad_cosine, 0),
@@ -117,16 +131,17 @@ def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, _rows: Tensor, _o: 
             *others,
             torch.where(alive, n, float("-inf")),
             ctx.scale,
+            ctx.offset,
             ctx.normalize_prototypes,
         )
-    return grad_x, grad_prototypes, *[None] * 9
+    return grad_x, grad_prototypes, *[None] * 10
 
 
 register(
     "negative_logsumexp",
     "(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives, Tensor? threshold,"
-    " Tensor? coefficients, float scale, float? offset, bool normalize_prototypes, bool with_gradient)"
-    " -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o)",
+    " Tensor? coefficients, float scale, float? offset, bool normalize_prototypes, bool with_gradient,"
+    " SymInt kept_rows) -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o, Tensor kept)",
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -135,7 +150,7 @@ register(
 register(
     "negative_logsumexp_backward",
     "(Tensor grad_cosine, Tensor grad_n, Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied,"
-    " Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor n, float scale, bool normalize_prototypes)"
-    " -> Tensor grad_prototypes",
+    " Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor kept, Tensor n, float scale, float? offset,"
+    " bool normalize_prototypes) -> Tensor grad_prototypes",
     fake=lambda grad_cosine, grad_n, x, prototypes, *_: prototypes.new_empty(prototypes.shape),
 )

@@ -65,6 +65,10 @@ def margin_softmax_logits_backward(
     grad_w = (
         torch.empty_like(prototypes, memory_format=torch.contiguous_format) if need_prototypes else x.new_empty(0, 0)
     )
+    # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
+    alive = torch.isfinite(x).all(dim=1, keepdim=True)
+    all_alive = x.device.type == "cpu" and bool(alive.all())
+    sound = torch.where(alive, x, 0)
     width = tile_width(x.shape[0])
     y = x * scale
     for start, tile in memory_tiles(prototypes, present, x.dtype, normalize_prototypes, width):
@@ -77,7 +81,7 @@ def margin_softmax_logits_backward(
         put_in_tile_(g, targets - start, 0.0)
         grad_x.addmm_(g, tile)
         if need_prototypes:
-            tile_grad = g.T @ x
+            tile_grad = (g if all_alive else torch.where(alive, g, 0)).T @ sound
             if normalize_prototypes:
                 tile_grad = unit_rows_backward(tile_grad, prototypes[start : start + width].to(x.dtype), tile)
             grad_w[start : start + width] = tile_grad

@@ -26,6 +26,7 @@ from protomem_kernels.reference._rows import (
     add_rows_,
     chosen_rows_backward,
     gather_rows,
+    keep_rows,
     memory_tiles,
     minus_infinity_unless,
     put_in_tile_,
@@ -108,19 +109,25 @@ def negative_logsumexp(
     offset: float | None,
     normalize_prototypes: bool,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return c (B,), n (B,), the target rows dc/dx (B, D) and o = dn/dx (B, D; empty without ``with_gradient``)."""
+    kept_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return c (B,), n (B,), the target rows dc/dx (B, D), o = dn/dx (B, D; empty without ``with_gradient``) and kept.
+
+    ``kept`` (M, K) holds e^{s h - offset} h' of the first K = ``kept_rows`` samples, for backward, and 0 at
+    targets and empty slots. Every backend lays it out so: backward may be served by another one.
+    """
     targets = valid_slots(targets, prototypes.shape[0])
     target_rows = gather_rows(prototypes, targets, x.dtype, normalize_prototypes)
     cosine = (x * target_rows).sum(dim=1)
     y = x * scale
     sums = Sums(x, offset, with_gradient)
+    kept = x.new_empty(prototypes.shape[0], kept_rows)
     if negatives is None:
-        _stream(y, prototypes, targets, occupied, threshold, coefficients, scale, normalize_prototypes, sums)
+        _stream(y, prototypes, targets, occupied, threshold, coefficients, scale, normalize_prototypes, sums, kept)
     else:
         _gathered(y, prototypes, targets, negatives, threshold, coefficients, scale, normalize_prototypes, sums)
     n, o = sums.finish(scale)
-    return cosine, n, target_rows, o
+    return cosine, n, target_rows, o, kept
 
 
 def _stream(
@@ -133,8 +140,9 @@ def _stream(
     scale: float,
     normalize_prototypes: bool,
     sums: Sums,
+    kept: Tensor,
 ) -> None:
-    """Add every slot of the memory to the sums, tile by tile."""
+    """Add every slot of the memory to the sums, tile by tile; keep what ``kept`` has room for."""
     width = tile_width(y.shape[0])
     present = None if all_present(occupied) else occupied
     buffer = y.new_empty(y.shape[0] * min(width, prototypes.shape[0]))
@@ -153,8 +161,11 @@ def _stream(
                 e *= present[start : start + width]
             put_in_tile_(e, targets - start, 0.0)
         sums.total += e.sum(dim=1)
+        weighted = e if slope is None else e.mul_(slope)
+        if kept.shape[1]:
+            kept[start : start + width] = weighted[: kept.shape[1]].T
         if sums.moment is not None:
-            sums.moment.addmm_(e if slope is None else e.mul_(slope), tile)
+            sums.moment.addmm_(weighted, tile)
 
 
 def _gathered(
@@ -200,22 +211,26 @@ def negative_logsumexp_backward(
     negatives: Tensor | None,
     threshold: Tensor | None,
     coefficients: Tensor | None,
+    kept: Tensor,
     n: Tensor,
     scale: float,
+    offset: float | None,
     normalize_prototypes: bool,
 ) -> Tensor:
-    """Return dL/dw (M, D): the probabilities of each tile are formed again from n, and used at once.
+    """Return dL/dw (M, D): the probabilities of each tile come from what forward kept, or are formed again from n.
 
     Class-stationary: a tile's gradient is complete when it is written, so nothing is added up across tiles.
     """
     capacity = prototypes.shape[0]
     targets = valid_slots(targets, capacity)
     n = torch.where(n == float("-inf"), float("inf"), n)[:, None]  # no negatives: no probability
+    factor = scale * grad_n[:, None]
 
-    def probabilities(scaled: Tensor) -> Tensor:
-        """Return dL/dcos_ij = dL/dn_i s q_ij h'_ij for scaled cosines (B, T), overwritten."""
-        logits, slope = reshape_hard(scaled, threshold, coefficients, scale)
-        p = logits.sub_(n).exp_().mul_((scale * grad_n)[:, None])
+    def probabilities(scaled: Tensor, first: int = 0) -> Tensor:
+        """Return dL/dcos_ij = dL/dn_i s q_ij h'_ij for scaled cosines of the samples from ``first``, overwritten."""
+        tau = None if threshold is None else threshold[first:]
+        logits, slope = reshape_hard(scaled, tau, coefficients, scale)
+        p = logits.sub_(n[first:]).exp_().mul_(factor[first:])
         return p if slope is None else p.mul_(slope)
 
     if negatives is not None:
@@ -230,12 +245,20 @@ def negative_logsumexp_backward(
         present = padded.index_fill(0, torch.where(targets < 0, capacity, targets), True)[:capacity]
     grad = torch.empty_like(prototypes, memory_format=torch.contiguous_format)
     width = tile_width(x.shape[0])
-    y = x * scale
-    buffer = y.new_empty(y.shape[0] * min(width, capacity))
+    first = kept.shape[1]  # sample that forward kept nothing of
+    kept_factor = factor[:first] * ((offset or 0.0) - n[:first]).exp()
+    alive = kept_factor[:, 0] != 0
+    y = x[first:] * scale
+    buffer = x.new_empty(x.shape[0] * min(width, capacity))
     for start, tile in memory_tiles(prototypes, present, x.dtype, normalize_prototypes, width):
-        p = probabilities(torch.mm(y, tile.T, out=buffer[: y.shape[0] * tile.shape[0]].view(y.shape[0], tile.shape[0])))
-        if present is not None and occupied is not None:
-            p *= occupied[start : start + width]
+        p = buffer[: x.shape[0] * tile.shape[0]].view(x.shape[0], tile.shape[0])
+        torch.mul(kept[start : start + width].T, kept_factor, out=p[:first])
+        if first:
+            p[:first] = keep_rows(p[:first], alive)
+        torch.mm(y, tile.T, out=p[first:])
+        if present is not None and occupied is not None:  # before exp, which may overflow at a slot outside n
+            p[first:] += minus_infinity_unless(occupied[start : start + width], p.dtype)
+        probabilities(p[first:], first)
         put_in_tile_(p, targets - start, grad_cosine)
         tile_grad = p.T @ x
         if normalize_prototypes:

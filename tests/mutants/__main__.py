@@ -46,6 +46,7 @@ def killed(fault: Fault) -> str:
         ]
         environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment["PROTOMEM_MUTANT"] = "1"
+        environment["PROTOMEM_DISABLE_COMPILED"] = "1"  # the faults are in Python: the reference has to serve
         done = subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode == 1:
         return "killed"

@@ -121,8 +121,8 @@ def test_a_broken_row_is_zero_and_touches_no_other(backend: str, poison: float, 
     e[5, 1] = poison
     e.requires_grad_()
     labels = torch.tensor([0, 0, 1, 1, 0, 2])
-    clean = pmk.aggregate_prototypes(e[:5].detach(), labels[:5], normalize=normalize)
     with pmk.use_backend(backend):
+        clean = pmk.aggregate_prototypes(e[:5].detach(), labels[:5], normalize=normalize)
         result = pmk.aggregate_prototypes(e, labels, normalize=normalize)
     assert torch.equal(result.prototypes[0], clean.prototypes[0])
     assert not result.prototypes[1:].any()
@@ -201,7 +201,8 @@ def test_repeats_are_bit_equal_and_in_batch_order(backend: str) -> None:
         for _ in range(3):
             assert torch.equal(pmk.aggregate_prototypes(e, labels, normalize=False).prototypes, first.prototypes)
     order = torch.randperm(20)  # renaming people does not change the order in which their samples are added
-    renamed = pmk.aggregate_prototypes(e, order[labels], normalize=False)
+    with pmk.use_backend(backend):
+        renamed = pmk.aggregate_prototypes(e, order[labels], normalize=False)
     assert torch.equal(renamed.prototypes[order], first.prototypes)
 
 

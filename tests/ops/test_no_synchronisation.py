@@ -60,10 +60,11 @@ def test_every_kernel(dtype: torch.dtype, normalize: bool) -> None:
     for hard in ((None, None), (row, form)):
         for negatives in (None, chosen):
             for offset in (0.0, 3.0, None):
-                options = occupied, negatives, *hard, 64.0, offset, normalize, True
-                _, n, _, _ = kernel("negative_logsumexp", x, w, index, *options)
-            options = occupied, negatives, *hard, n, 64.0, normalize
-            kernel("negative_logsumexp_backward", row, row, x, w, index, *options)
+                keep = 0 if offset is None or negatives is not None else B // 2
+                options = occupied, negatives, *hard, 64.0, offset, normalize, True, keep
+                _, n, _, _, kept = kernel("negative_logsumexp", x, w, index, *options)
+                options = occupied, negatives, *hard, kept, n, 64.0, offset, normalize
+                kernel("negative_logsumexp_backward", row, row, x, w, index, *options)
         (logits,) = kernel("margin_softmax_logits", x, w, index, row, occupied, *hard, 64.0, normalize)
         kernel("margin_softmax_logits_backward", logits, x, w, index, occupied, *hard, 64.0, normalize, True)
     cosines, slots = kernel("hardest_negatives", x, w, index, occupied, K, normalize)

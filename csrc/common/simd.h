@@ -1,0 +1,145 @@
+// Vectors of the instruction set that this file is compiled for, by GCC's and Clang's vector extension.
+//
+// The kernels are compiled once per instruction set, each time in a namespace of its own (PROTOMEM_ISA), so that the
+// linker can never swap in a function that this machine cannot run. Nothing here names an intrinsic: aarch64 and plain
+// x86-64 compile from the same source.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifndef PROTOMEM_ISA
+#error "compile through isa.cpp, which sets PROTOMEM_ISA"
+#endif
+
+#if defined(__AVX512F__)
+#define PROTOMEM_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define PROTOMEM_VECTOR_BYTES 32
+#else
+#define PROTOMEM_VECTOR_BYTES 16
+#endif
+
+// Unrolls the next loop completely: its bound is a compile-time constant below 33.
+#define PROTOMEM_UNROLL _Pragma("GCC unroll 32")
+
+namespace protomem::PROTOMEM_ISA {
+
+constexpr int64_t vector_bytes = PROTOMEM_VECTOR_BYTES;
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Vec __attribute__((vector_size(PROTOMEM_VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(PROTOMEM_VECTOR_BYTES)));
+  using Integer = int32_t;
+};
+template <>
+struct Lanes<double> {
+  typedef double Vec __attribute__((vector_size(PROTOMEM_VECTOR_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(PROTOMEM_VECTOR_BYTES)));
+  using Integer = int64_t;
+};
+
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+template <class T>
+using IntVec = typename Lanes<T>::Int;  // integers as wide as T; also the masks: 0 or -1 per lane
+template <class T>
+constexpr int64_t lanes = vector_bytes / static_cast<int64_t>(sizeof(T));
+
+template <class T>
+inline Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;  // -0.0 becomes 0.0, which no caller minds
+}
+
+// Unaligned load and store.
+template <class T>
+inline Vec<T> vload(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void vstore(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline IntVec<T> ivload(const typename Lanes<T>::Integer* p) {
+  IntVec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline Vec<T> vmax(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;  // b where a is NaN
+}
+template <class T>
+inline Vec<T> vmin(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+inline bool any(IntVec<T> mask) {
+  uint64_t words[vector_bytes / 8], together = 0;
+  std::memcpy(words, &mask, sizeof words);
+  for (uint64_t word : words) together |= word;
+  return together != 0;
+}
+
+// Sum of the lanes, pairwise: the same order on every call.
+template <class T>
+inline T vsum(Vec<T> v) {
+  T values[lanes<T>];
+  std::memcpy(values, &v, sizeof values);
+  for (int64_t half = lanes<T> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; i++) values[i] += values[i + half];
+  return values[0];
+}
+
+// exp, to about one unit in the last place: exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN; results below the smallest
+// normal number are 0 (in the sums here their share lies below the rounding).
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r is its Taylor polynomial, long enough for the type; 2^n goes straight into
+// the exponent bits. ln 2 is split in two, so that n ln 2 is exact in its upper part (Cody and Waite).
+template <class T>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr float lowest = -87.0f, highest = 88.3f;  // 2^n has an exponent of its own for every x in between
+  static constexpr float log2e = 1.44269504088896341f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float taylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+};
+template <>
+struct Exp<double> {
+  static constexpr double lowest = -708.0, highest = 709.4;
+  static constexpr double log2e = 1.4426950408889634074, ln2_high = 0.693147180369123816490,
+                          ln2_low = 1.90821492927058770002e-10;
+  static constexpr double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double taylor[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
+};
+
+template <class T>
+inline Vec<T> vexp(Vec<T> x) {
+  using E = Exp<T>;
+  const Vec<T> shifted = x * E::log2e + E::shifter;
+  const Vec<T> n = shifted - E::shifter;
+  const Vec<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+  Vec<T> p = broadcast<T>(E::taylor[0]);
+  PROTOMEM_UNROLL
+  for (int i = 1; i < static_cast<int>(sizeof(E::taylor) / sizeof(T)); i++) p = p * r + E::taylor[i];
+  const Vec<T> power = (Vec<T>)(((IntVec<T>)shifted + E::bias) << E::mantissa);  // the shifter's own bits fall off
+  const Vec<T> result = p * power;
+  const Vec<T> bounded = x < E::lowest ? broadcast<T>(0) : result;
+  return x > E::highest ? broadcast<T>(std::numeric_limits<T>::infinity()) : bounded;
+}
+
+}  // namespace protomem::PROTOMEM_ISA

@@ -1,0 +1,201 @@
+#pragma once
+
+#include "../common/buffer.h"
+#include "aggregate_prototypes.h"
+#include "rows.h"
+
+namespace protomem::PROTOMEM_ISA {
+
+struct LabelledSample {
+  uint64_t label;
+  int64_t sample;
+};
+
+// Sorts by label, equal ones in the order in which they came, and returns where the result lies: in `items` or `spare`.
+// A radix sort, byte by byte; bytes in which all labels agree, such as the upper ones of small labels, cost nothing.
+inline const LabelledSample* sort_by_label(LabelledSample* items, LabelledSample* spare, int64_t n) {
+  uint64_t varying = 0;
+  for (int64_t i = 0; i < n; i++) varying |= items[i].label ^ items[0].label;
+  for (int shift = 0; shift < 64; shift += 8) {
+    if ((varying >> shift & 255) == 0) continue;
+    int64_t places[256] = {};
+    for (int64_t i = 0; i < n; i++) places[items[i].label >> shift & 255]++;
+    int64_t place = 0;
+    for (int64_t& next : places) {
+      const int64_t count = next;
+      next = place;
+      place += count;
+    }
+    for (int64_t i = 0; i < n; i++) spare[places[items[i].label >> shift & 255]++] = items[i];
+    std::swap(items, spare);
+  }
+  return items;
+}
+
+inline void group_samples(const Vector& labels, Groups& groups) {
+  Buffer<LabelledSample> samples(labels.size), spare(labels.size);
+  int64_t n = 0;
+  for (int64_t i = 0; i < labels.size; i++) {
+    const int64_t label = integer_at(labels, i);
+    if (label >= 0) samples[n++] = {static_cast<uint64_t>(label), i};
+  }
+  const LabelledSample* sorted = sort_by_label(samples.get(), spare.get(), n);
+  groups.count = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (i == 0 || sorted[i].label != sorted[i - 1].label) {
+      groups.identities[groups.count] = static_cast<int64_t>(sorted[i].label);
+      groups.starts[groups.count++] = i;
+    }
+    groups.order[i] = sorted[i].sample;
+  }
+  groups.starts[groups.count] = n;
+}
+
+// Calls work(state, group) for groups [0, count) of `samples` samples together, some at a time on every thread.
+template <class MakeState, class Work>
+inline void each_group(const Parallel& parallel, int64_t count, int64_t samples, int64_t dim,
+                       const MakeState& make_state, const Work& work) {
+  const int64_t samples_per_group = (samples + count) / std::max<int64_t>(count, 1);
+  const int64_t step = std::max<int64_t>(1, rows_per_item(dim) / std::max<int64_t>(samples_per_group, 1));
+  parallel.each((count + step - 1) / step, make_state, [&](auto& state, int64_t item) {
+    const int64_t end = std::min(count, (item + 1) * step);
+    for (int64_t group = item * step; group < end; group++) work(state, group);
+  });
+}
+
+inline bool is_weight(double weight) { return weight >= 0 && weight <= largest_finite<double>; }
+
+// The weight of a sample as it counts: 1 if none are given, 0 in place of a bad one.
+template <class T>
+inline T weight_at(const Vector& weights, int64_t sample) {
+  if (!weights) return 1;
+  const T weight = floating_at<T>(weights, sample);
+  return is_weight(weight) ? weight : 0;
+}
+
+// `buffer` has room for one row.
+template <class T>
+inline void aggregate_one(const AggregateArgs& a, int64_t c, T* buffer) {
+  constexpr T antipodal = static_cast<T>(1e-6);
+  const int64_t dim = a.embeddings.cols;
+  const int64_t *begin = a.groups.order + a.groups.starts[c], *end = a.groups.order + a.groups.starts[c + 1];
+  T mass = 0;
+  for (const int64_t* i = begin; i < end; i++) mass += weight_at<T>(a.weights, *i);
+
+  T* const total = row_in_place<T>(a.prototypes, c);
+  T budget = 0;
+  for (const int64_t* i = begin; i < end; i++) {
+    const T weight = mass > 0 ? weight_at<T>(a.weights, *i) : 1;
+    Direction<T> x{row_as(a.embeddings, *i, buffer), 1, 0};
+    if (a.normalize) {
+      x = direction_of(x.values, dim, buffer);
+      budget += x.scale == 0 ? 0 : weight;
+    } else {
+      budget += weight * std::sqrt(dot(x.values, x.values, dim));
+    }
+    if (i == begin) {
+      scale_into(total, weight * x.scale, x.values, dim);
+    } else {
+      combine(total, T{1}, total, weight * x.scale, x.values, dim);
+    }
+    a.index[*i] = c;
+  }
+
+  const Direction<T> direction = direction_of(total, dim, buffer);
+  const bool exists = direction.length > antipodal * budget && direction.length <= largest_finite<T>;
+  if (exists) {
+    scale_into(total, direction.scale, direction.values, dim);
+  } else {
+    fill(total, T{0}, dim);
+  }
+  a.identities[c] = a.groups.identities[c];
+  store_at(a.mass, c, mass);
+  store_at(a.norm, c, exists ? direction.length : T{0});
+}
+
+template <class T>
+inline void aggregate_in(const AggregateArgs& a, const Parallel& parallel) {
+  const int64_t rows = a.prototypes.rows, dim = a.embeddings.cols, count = std::min(a.groups.count, rows);
+  fill(a.index.data, int64_t{-1}, a.index.size);
+  each_group(
+      parallel, count, a.groups.starts[count], dim, [&] { return Buffer<T>(dim); },
+      [&](const Buffer<T>& buffer, int64_t c) { aggregate_one(a, c, buffer.get()); });
+  for (int64_t c = count; c < rows; c++) {
+    fill(row_in_place<T>(a.prototypes, c), T{0}, dim);
+    a.identities[c] = -1;
+    store_at(a.mass, c, T{0});
+    store_at(a.norm, c, T{0});
+  }
+}
+
+inline void aggregate_prototypes(const AggregateArgs& a, const Parallel& parallel) {
+  a.prototypes.dtype == Dtype::float64 ? aggregate_in<double>(a, parallel) : aggregate_in<float>(a, parallel);
+}
+
+template <class T>
+inline void store_gradients(const AggregateBackwardArgs& a, int64_t sample, const T* grad_row, T grad_weight) {
+  if (grad_row != row_in_place<T>(a.grad_embeddings, sample)) store_row(a.grad_embeddings, sample, grad_row);
+  const bool counts = !a.weights || is_weight(floating_at<double>(a.weights, sample));
+  store_at(a.grad_weights, sample, counts ? grad_weight : T{0});
+}
+
+// One identity c and its samples. `buffer` has room for three rows.
+template <class T>
+inline void aggregate_one_backward(const AggregateBackwardArgs& a, int64_t c, const int64_t* begin, const int64_t* end,
+                                   T* buffer) {
+  const int64_t dim = a.embeddings.cols;
+  T *tangent = buffer, *sample_buffer = buffer + dim, *grad_buffer = buffer + 2 * dim;
+  const T norm = floating_at<T>(a.norm, c), grad_mass = floating_at<T>(a.grad_mass, c);
+  const bool weighted = floating_at<T>(a.mass, c) > 0;
+  if (norm > 0) {
+    const T *grad = row_as(a.grad_prototypes, c, sample_buffer), *prototype = row_as(a.prototypes, c, grad_buffer);
+    combine(tangent, 1 / norm, grad, -dot(grad, prototype, dim) / norm, prototype, dim);
+  }
+  for (const int64_t* i = begin; i < end; i++) {
+    T* const in_place = row_in_place<T>(a.grad_embeddings, *i);
+    T* const to = in_place != nullptr ? in_place : grad_buffer;
+    const T weight = weighted ? weight_at<T>(a.weights, *i) : 1;
+    T along = 0;
+    if (!(norm > 0)) {  // a zero prototype passes nothing
+      fill(to, T{0}, dim);
+    } else if (a.normalize) {
+      const Direction<T> x = direction_of(row_as(a.embeddings, *i, sample_buffer), dim, sample_buffer);
+      along = dot(tangent, x.values, dim) * x.scale;
+      const T factor = x.length > 0 ? weight / x.length : 0;
+      combine(to, factor, tangent, -factor * along * x.scale, x.values, dim);
+    } else {
+      along = dot(tangent, row_as(a.embeddings, *i, sample_buffer), dim);
+      scale_into(to, weight, tangent, dim);
+    }
+    store_gradients(a, *i, to, grad_mass + (weighted ? along : 0));
+  }
+}
+
+template <class T>
+inline void aggregate_backward_in(const AggregateBackwardArgs& a, const Parallel& parallel) {
+  const int64_t batch = a.index.size, dim = a.embeddings.cols;
+  const Buffer<int64_t> scratch(Groups::scratch_size(batch));
+  Groups groups(scratch.get(), batch);
+  group_samples(a.index, groups);
+  each_group(
+      parallel, groups.count, batch, dim, [&] { return Buffer<T>(3 * dim); },
+      [&](const Buffer<T>& buffer, int64_t g) {
+        aggregate_one_backward(a, groups.identities[g], groups.order + groups.starts[g],
+                               groups.order + groups.starts[g + 1], buffer.get());
+      });
+  if (groups.starts[groups.count] == batch) return;
+  const Buffer<T> zeros(dim);  // for the samples without identity
+  fill(zeros.get(), T{0}, dim);
+  for (int64_t i = 0; i < batch; i++)
+    if (integer_at(a.index, i) < 0) {
+      store_row(a.grad_embeddings, i, zeros.get());
+      store_at(a.grad_weights, i, T{0});
+    }
+}
+
+inline void aggregate_prototypes_backward(const AggregateBackwardArgs& a, const Parallel& parallel) {
+  a.embeddings.dtype == Dtype::float64 ? aggregate_backward_in<double>(a, parallel)
+                                       : aggregate_backward_in<float>(a, parallel);
+}
+
+}  // namespace protomem::PROTOMEM_ISA

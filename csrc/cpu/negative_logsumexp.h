@@ -1,0 +1,63 @@
+// negative_logsumexp on the CPU.
+//
+// With x_i a unit embedding (i < B), w_j a prototype (j < M), cos_ij = x_i . w_j and s the scale,
+//
+//   h_ij = cos_ij where cos_ij <= tau_i, else a cos_ij + b + g cos_ij^2      (the hard-negative form, if there is one)
+//   n_i  = log sum over the negatives j of exp(s h_ij)                        (-inf if there are none)
+//   o_i  = dn_i/dx_i = s sum_j q_ij h'_ij w_j,   q_ij = exp(s h_ij - n_i)
+//   dL/dw_j = sum_i (dL/dn_i s q_ij h'_ij + [j is i's target] dL/dc_i) x_i,   c_i = cos at the target.
+//
+// Forward. The memory is cut into chunks, each streamed in tiles (stream.h); a chunk keeps its own sum and moment
+// sum_j e^{s h - shift} h' w_j per row, and chunks are added in order at the end. The cut depends on B, M and D alone,
+// hence so does the result, whatever the number of threads. Per tile and row panel the logits go from the first product
+// through exp into the second one without leaving L1. Sum and embeddings' gradient cost two products, 4 B M D
+// operations, and 4 M D bytes of reading; besides outputs and the packed batch there are the chunks' moments (at most
+// 16 MiB, or one batch) and a tile per thread.
+//
+// The exponents need no running maximum where the caller has found a constant `offset` that keeps all of them in range;
+// otherwise each row keeps its maximum, and what has been summed is rescaled when that rises.
+//
+// Backward, for the prototypes: class-stationary. Tiles are independent; each takes its probabilities from what forward
+// kept, or forms them again from n, and multiplies them with the batch. One product for samples that were kept, two for
+// the others; nothing is added up across tiles, no atomics.
+//
+// With `negatives` given only those slots count: rows are gathered, no product is formed.
+#pragma once
+
+#include "../common/parallel.h"
+#include "../common/views.h"
+
+namespace protomem {
+
+struct LogsumexpInputs {
+  Matrix x;           // (B, D) float32 or float64, contiguous; its dtype is that of the accumulation ("acc")
+  Matrix prototypes;  // (M, D) any floating
+  Vector targets;     // (B,) int32 or int64
+  const bool* occupied = nullptr;  // (M,), or null: all
+  Matrix negatives;                // (B, k) int64, used if `chosen`
+  bool chosen = false;             // only `negatives` count, not all slots
+  Vector threshold, coefficients;  // (B,) and (3,) floating, or none
+  double scale = 1;
+  bool normalize = false;  // scale prototypes to unit length first
+  double offset = 0;       // subtracted from all exponents, unless maxima run
+  void* kept = nullptr;    // (M, K) acc: e^{s h - offset} h' of the first K samples, 0 at targets and empty slots
+  int64_t kept_rows = 0;   // K
+};
+
+struct NegativeLogsumexp : LogsumexpInputs {
+  bool running = false;         // keep running maxima instead of the offset
+  void* cosine = nullptr;       // (B,) acc
+  void* n = nullptr;            // (B,) acc
+  void* target_rows = nullptr;  // (B, D) acc
+  bool with_gradient = false;
+  void* o = nullptr;  // (B, D) acc, if with_gradient
+};
+
+struct NegativeLogsumexpBackward : LogsumexpInputs {
+  const void* grad_cosine = nullptr;  // (B,) acc
+  const void* grad_n = nullptr;       // (B,) acc
+  const void* n = nullptr;            // (B,) acc
+  Matrix grad_prototypes;             // (M, D) contiguous, in the dtype of the prototypes
+};
+
+}  // namespace protomem

@@ -1,0 +1,117 @@
+// From PyTorch's tensors (stable ABI) to the views that kernels take, and outputs and threads for them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "../common/parallel.h"
+#include "../common/views.h"
+
+namespace protomem {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::Int: return Dtype::int32;
+    case ScalarType::Long: return Dtype::int64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16, float16, int32 or int64, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// The dtype of accumulation: float64 for float64, else float32.
+inline ScalarType accumulation_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Views. They keep nothing alive: the tensor must outlive them. A tensor that is not given makes a null view, and so
+// may one without elements. `mutable_` for what a kernel writes; the others are only read, though a view is not const.
+inline Vector vector(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 1, name, " must have 1 dimension, got ", tensor.dim());
+  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), tensor.size(0), tensor.stride(0)};
+}
+
+inline Vector mutable_vector(const Tensor& tensor, const char* name) {
+  Vector view = vector(tensor, name);
+  view.data = tensor.mutable_data_ptr();
+  return view;
+}
+
+inline Vector vector(const OptionalTensor& tensor, const char* name) {
+  return tensor ? vector(*tensor, name) : Vector{};
+}
+
+inline Matrix matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  void* data = const_cast<void*>(tensor.const_data_ptr());
+  return {data, dtype_of(tensor, name), sizes[0], sizes[1], strides[0], strides[1]};
+}
+
+inline Matrix mutable_matrix(const Tensor& tensor, const char* name) {
+  Matrix view = matrix(tensor, name);
+  view.data = tensor.mutable_data_ptr();
+  return view;
+}
+
+inline Matrix matrix(const OptionalTensor& tensor, const char* name) {
+  return tensor ? matrix(*tensor, name) : Matrix{};
+}
+
+// A contiguous tensor of exactly T (float, double, int32_t, int64_t, bool), of any number of dimensions.
+template <class T>
+inline Array<T> mutable_array(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return {tensor.mutable_data_ptr<T>(), tensor.numel()};
+}
+
+template <class T>
+inline Array<const T> array(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return {tensor.const_data_ptr<T>(), tensor.numel()};
+}
+
+template <class T>
+inline Array<const T> array(const OptionalTensor& tensor, const char* name) {
+  return tensor ? array<T>(*tensor, name) : Array<const T>{};
+}
+
+// The tensor itself if it is contiguous, else a copy.
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+// Outputs, on the CPU.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+inline Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype);
+  return torch::stable::zero_(tensor);
+}
+
+// PyTorch's threads; inside one of its parallel regions, this thread alone.
+inline Parallel parallel() {
+  return Parallel(torch::stable::get_num_threads(),
+                  [](int64_t workers, void (*body)(void* context, int64_t worker), void* context) {
+                    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+                      for (int64_t worker = begin; worker < end; worker++) body(context, worker);
+                    });
+                  });
+}
+
+}  // namespace protomem
