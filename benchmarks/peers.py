@@ -247,11 +247,26 @@ def eager_hardest(x: Tensor, w: Tensor, targets: Tensor, k: int) -> tuple[Tensor
     return values, slots
 
 
-def eager_aggregate(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``aggregate_prototypes``: prototypes (P, D), identities (P,) and each sample's row (B,)."""
+def eager_aggregate(x: Tensor, labels: Tensor) -> pmk.AggregatedPrototypes:
+    """``aggregate_prototypes`` itself: all four outputs, samples without a label, rows that are antipodal or broken."""
+    labelled = labels >= 0
+    identities, row = labels[labelled].unique(return_inverse=True)
+    index = torch.full_like(labels, -1)
+    index[labelled] = row
+    rows = functional.normalize(x[labelled])
+    mass = rows.new_zeros(len(identities)).index_add_(0, row, rows.new_ones(len(rows)))
+    total = rows.new_zeros(len(identities), rows.shape[1]).index_add_(0, row, rows)
+    length = torch.linalg.vector_norm(total, dim=1)
+    exists = (length > 1e-6 * mass) & torch.isfinite(length)
+    prototypes = torch.where(exists[:, None], total / length[:, None], 0)
+    return pmk.AggregatedPrototypes(prototypes, identities, index, mass)
+
+
+def eager_aggregate_without_rules(x: Tensor, labels: Tensor) -> Tensor:
+    """The prototypes alone, as short as it gets: every sample labelled, none antipodal or broken."""
     identities, index = labels.unique(return_inverse=True)
     total = x.new_zeros(len(identities), x.shape[1]).index_add_(0, index, functional.normalize(x))
-    return functional.normalize(total), identities, index
+    return functional.normalize(total)
 
 
 def eager_enqueue_(

@@ -81,8 +81,10 @@ def unavailable() -> str | None:
 
 def refuses(operator: str, tensors: Sequence[Tensor]) -> str | None:
     """Return why it cannot serve these tensors, or None if it can."""
-    elsewhere = [str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"]
-    return f"serves tensors on the CPU, got one on {elsewhere[0]}" if elsewhere else None
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return f"serves tensors on the CPU, got one on {tensor.device}"
+    return None
 
 
 _warned = False

@@ -83,11 +83,13 @@ def test_eager_logits_and_hardest_negatives_are_ours() -> None:
 
 def test_eager_aggregate_is_ours() -> None:
     x, labels = problem(SIZE).embeddings, labels_in_pairs(16, 1000, seed=3)
-    prototypes, identities, index = peers.eager_aggregate(x, labels)
-    ours = pmk.aggregate_prototypes(x, labels)
-    torch.testing.assert_close(prototypes, ours.prototypes)
-    assert torch.equal(identities, ours.identities)
-    assert torch.equal(index, ours.index)
+    short = peers.eager_aggregate_without_rules(x, labels)
+    torch.testing.assert_close(short, pmk.aggregate_prototypes(x, labels).prototypes)
+    labels[3] = -1
+    labels[[4, 5, 6]] = torch.tensor([2000, 2000, 2001])
+    x[4], x[6, 0] = -x[5], float("nan")  # antipodal, and broken
+    for theirs, ours in zip(peers.eager_aggregate(x, labels), pmk.aggregate_prototypes(x, labels), strict=True):
+        torch.testing.assert_close(theirs, ours)
 
 
 def test_eager_enqueue_is_ours_call_after_call() -> None:

@@ -90,14 +90,22 @@ inline bool any(IntVec<T> mask) {
   return together != 0;
 }
 
-// Sum of the lanes, pairwise: the same order on every call.
-template <class T>
-inline T vsum(Vec<T> v) {
-  T values[lanes<T>];
-  std::memcpy(values, &v, sizeof values);
-  for (int64_t half = lanes<T> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; i++) values[i] += values[i + half];
-  return values[0];
+// Sum of the lanes: the upper half onto the lower one until one is left, the same order on every call.
+template <class T, int64_t BYTES>
+struct Narrow {
+  typedef T Type __attribute__((vector_size(BYTES)));
+};
+template <class T, int64_t BYTES = vector_bytes, class V>
+inline T vsum(V v) {
+  if constexpr (BYTES > 16) {
+    typename Narrow<T, BYTES / 2>::Type half[2];
+    std::memcpy(half, &v, BYTES);
+    return vsum<T, BYTES / 2>(half[0] + half[1]);
+  } else if constexpr (sizeof(T) == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return v[0] + v[1];
+  }
 }
 
 // exp, to about one unit in the last place: exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN; results below the smallest

@@ -51,15 +51,16 @@ inline void group_samples(const Vector& labels, Groups& groups) {
   groups.starts[groups.count] = n;
 }
 
-// Calls work(state, group) for groups [0, count) of `samples` samples together, some at a time on every thread.
+// Calls work(state, group) for groups [0, count) of `samples` samples together: one range of groups per thread, as long
+// as each has work enough to outweigh waking it. Equal ranges, not whoever is free: a thread meets the rows again that
+// its own cache holds.
 template <class MakeState, class Work>
 inline void each_group(const Parallel& parallel, int64_t count, int64_t samples, int64_t dim,
                        const MakeState& make_state, const Work& work) {
-  const int64_t samples_per_group = (samples + count) / std::max<int64_t>(count, 1);
-  const int64_t step = std::max<int64_t>(1, rows_per_item(dim) / std::max<int64_t>(samples_per_group, 1));
-  parallel.each((count + step - 1) / step, make_state, [&](auto& state, int64_t item) {
-    const int64_t end = std::min(count, (item + 1) * step);
-    for (int64_t group = item * step; group < end; group++) work(state, group);
+  constexpr int64_t enough = 32768;  // numbers
+  const int64_t ranges = std::clamp<int64_t>(samples * dim / enough, 1, parallel.threads());
+  parallel.each(ranges, make_state, [&](auto& state, int64_t range) {
+    for (int64_t group = count * range / ranges; group < count * (range + 1) / ranges; group++) work(state, group);
   });
 }
 

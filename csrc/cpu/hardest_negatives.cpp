@@ -10,8 +10,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets,
                                    const OptionalTensor& occupied, int64_t k, bool normalize_prototypes) {
-  const Tensor own_x = torch::stable::contiguous(x);
-  const OptionalTensor own_occupied = contiguous(occupied);
+  const Tensor own_x = as_contiguous(x);
+  const OptionalTensor own_occupied = as_contiguous(occupied);
   Tensor cosines = empty({x.size(0), k}, x.scalar_type()), slots = empty({x.size(0), k}, ScalarType::Long);
   HardestNegatives in;
   in.x = matrix(own_x, "x");
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, co
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_cosines, const Tensor& x, const Tensor& prototypes,
                                     const Tensor& slots, bool normalize_prototypes, bool need_prototypes) {
-  const Tensor own_grad = torch::stable::contiguous(grad_cosines), own_x = torch::stable::contiguous(x);
-  const Tensor own_slots = torch::stable::contiguous(slots);
+  const Tensor own_grad = as_contiguous(grad_cosines), own_x = as_contiguous(x);
+  const Tensor own_slots = as_contiguous(slots);
   Tensor grad_x = empty({x.size(0), x.size(1)}, x.scalar_type());
   Tensor grad_prototypes = need_prototypes ? empty({prototypes.size(0), prototypes.size(1)}, prototypes.scalar_type())
                                            : empty({0, 0}, prototypes.scalar_type());

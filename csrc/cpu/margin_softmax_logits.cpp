@@ -24,8 +24,8 @@ void fill(LogitsInputs& in, const Tensor& x, const Tensor& prototypes, const Ten
 Tensor forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets, const Tensor& target_logits,
                const OptionalTensor& occupied, const OptionalTensor& threshold, const OptionalTensor& coefficients,
                double scale, bool normalize_prototypes) {
-  const Tensor own_x = torch::stable::contiguous(x);
-  const OptionalTensor own_occupied = contiguous(occupied);
+  const Tensor own_x = as_contiguous(x);
+  const OptionalTensor own_occupied = as_contiguous(occupied);
   Tensor logits = empty({x.size(0), prototypes.size(0)}, x.scalar_type());
   MarginSoftmaxLogits in;
   fill(in, own_x, prototypes, targets, own_occupied, threshold, coefficients, scale, normalize_prototypes);
@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             const Tensor& targets, const OptionalTensor& occupied,
                                             const OptionalTensor& threshold, const OptionalTensor& coefficients,
                                             double scale, bool normalize_prototypes, bool need_prototypes) {
-  const Tensor own_x = torch::stable::contiguous(x);
-  const OptionalTensor own_occupied = contiguous(occupied);
+  const Tensor own_x = as_contiguous(x);
+  const OptionalTensor own_occupied = as_contiguous(occupied);
   Tensor grad_x = empty({x.size(0), x.size(1)}, x.scalar_type());
   Tensor grad_prototypes = need_prototypes ? empty({prototypes.size(0), prototypes.size(1)}, prototypes.scalar_type())
                                            : empty({0, 0}, x.scalar_type());

@@ -14,7 +14,7 @@ struct Inputs {
   OptionalTensor occupied;
 
   Inputs(const Tensor& x_, const OptionalTensor& occupied_)
-      : x(torch::stable::contiguous(x_)), occupied(contiguous(occupied_)) {}
+      : x(as_contiguous(x_)), occupied(as_contiguous(occupied_)) {}
 
   void fill(LogsumexpInputs& to, const Tensor& prototypes, const Tensor& targets, const OptionalTensor& negatives,
             const OptionalTensor& threshold, const OptionalTensor& coefficients, double scale,
@@ -64,8 +64,8 @@ Tensor backward(const Tensor& grad_cosine, const Tensor& grad_n, const Tensor& x
                 const OptionalTensor& threshold, const OptionalTensor& coefficients, const Tensor& kept,
                 const Tensor& n, double scale, std::optional<double> offset, bool normalize_prototypes) {
   const Inputs inputs(x, occupied);
-  const Tensor own_grad_cosine = torch::stable::contiguous(grad_cosine), own_n = torch::stable::contiguous(n);
-  const Tensor own_grad_n = torch::stable::contiguous(grad_n), own_kept = torch::stable::contiguous(kept);
+  const Tensor own_grad_cosine = as_contiguous(grad_cosine), own_n = as_contiguous(n);
+  const Tensor own_grad_n = as_contiguous(grad_n), own_kept = as_contiguous(kept);
   NegativeLogsumexpBackward in;
   inputs.fill(in, prototypes, targets, negatives, threshold, coefficients, scale, offset, normalize_prototypes);
   in.kept = const_cast<void*>(own_kept.const_data_ptr());

@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "../common/parallel.h"
 #include "../common/views.h"
@@ -89,14 +91,29 @@ inline Array<const T> array(const OptionalTensor& tensor, const char* name) {
 }
 
 // The tensor itself if it is contiguous, else a copy.
-inline OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
 }
 
 // Outputs, on the CPU.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  // The C function itself: torch::stable::empty looks the operator up by name on every call, 1 us each time.
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), code, aoti_torch_device_type_cpu(), 0,
+                                                         &tensor));
+  return Tensor(tensor);
 }
 
 inline Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protomem_kernels._checks import check_batch, check_int, check_weights, refuse_bad_weights
-from protomem_kernels.ops.dispatch import register
+from protomem_kernels.ops.dispatch import call, register
 from protomem_kernels.types import AggregatedPrototypes
 
 
@@ -60,7 +60,7 @@ def aggregate_prototypes(
     check_weights(weights, embeddings)
     if max_identities is not None:
         check_int("max_identities", max_identities, at_least=0)
-    outputs = torch.ops.protomem.aggregate_prototypes(embeddings, labels, weights, normalize, max_identities)
+    outputs = call("aggregate_prototypes", embeddings, labels, weights, normalize, max_identities)
     return AggregatedPrototypes(*outputs[:4])
 
 
@@ -102,8 +102,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_prototypes: Tensor, _i: Tensor, _x: Tensor, grad_mass: Tensor, _n: Tensor) -> Any:
     embeddings, weights, index, prototypes, mass, norm = ctx.saved_tensors
-    grad_embeddings, grad_weights = torch.ops.protomem.aggregate_prototypes_backward(
-        grad_prototypes, grad_mass, embeddings, weights, index, prototypes, mass, norm, ctx.normalize
+    grad_embeddings, grad_weights = call(
+        "aggregate_prototypes_backward",
+        grad_prototypes,
+        grad_mass,
+        embeddings,
+        weights,
+        index,
+        prototypes,
+        mass,
+        norm,
+        ctx.normalize,
     )
     return grad_embeddings, None, grad_weights if weights is not None else None, None, None
 

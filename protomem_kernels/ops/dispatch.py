@@ -151,15 +151,19 @@ def use_backend(name: str) -> Iterator[None]:
 
 def values_can_be_read(tensor: Tensor) -> bool:
     """Say whether a check may look at values: always on the CPU, elsewhere only under ``PROTOMEM_DEBUG=1``."""
-    return tensor.device.type == "cpu" or os.environ.get("PROTOMEM_DEBUG") == "1"
+    return tensor.is_cpu or os.environ.get("PROTOMEM_DEBUG") == "1"
+
+
+_NOTHING = contextlib.nullcontext()
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return a context in which products on the tensor's device keep their dtype."""
-    device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def register(
@@ -192,6 +196,51 @@ def register(
         backward = functools.partial(_no_double_backward, name)
     if backward is not None:
         torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        _DIRECT[name] = implementation, _autograd_function(name, implementation, setup_context, backward)
+
+
+# Functional operators by name: the implementation, and the same as an autograd function.
+_DIRECT: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function]]] = {}
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call ``protomem::name``; past PyTorch's dispatcher where nothing but autograd could tell the difference.
+
+    The dispatcher calls a Python implementation through two more Python frames and boxes every argument each way,
+    which costs small calls more than the work itself. A compiler, a mode or a tensor subclass still sees the operator.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if torch.compiler.is_compiling() or _is_watched(tensors):
+        return getattr(torch.ops.protomem, name).default(*args)
+    implementation, function = _DIRECT[name]
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return function.apply(*args)
+    return implementation(*args)
+
+
+def _is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Say whether a mode or a tensor subclass wants to see operators."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not torch.nn.Parameter:
+            return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _autograd_function(
+    name: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    members = {
+        "forward": staticmethod(implementation),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward),
+    }
+    return type(name, (torch.autograd.Function,), members)
 
 
 def _no_double_backward(name: str, ctx: Any, *grads: Tensor) -> Any:

@@ -15,7 +15,7 @@ from protomem_kernels._checks import (
     refuse_targets_past_the_end,
 )
 from protomem_kernels.ops._embeddings import unit_embeddings
-from protomem_kernels.ops.dispatch import register
+from protomem_kernels.ops.dispatch import call, register
 from protomem_kernels.types import HardestNegatives
 
 
@@ -61,9 +61,7 @@ def hardest_negatives(
     check_occupied(occupied, prototypes)
     check_int("k", k, at_least=1)
     x, _ = unit_embeddings(embeddings)
-    return HardestNegatives(
-        *torch.ops.protomem.hardest_negatives(x, prototypes, targets, occupied, k, normalize_prototypes)
-    )
+    return HardestNegatives(*call("hardest_negatives", x, prototypes, targets, occupied, k, normalize_prototypes))
 
 
 def _check_values(x: Tensor, prototypes: Tensor, targets: Tensor, *_: Any) -> None:
@@ -82,8 +80,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_cosines: Tensor, _slots: Tensor) -> Any:
     x, prototypes, slots = ctx.saved_tensors
-    grad_x, grad_prototypes = torch.ops.protomem.hardest_negatives_backward(
-        grad_cosines, x, prototypes, slots, ctx.normalize_prototypes, ctx.needs_input_grad[1]
+    grad_x, grad_prototypes = call(
+        "hardest_negatives_backward",
+        grad_cosines,
+        x,
+        prototypes,
+        slots,
+        ctx.normalize_prototypes,
+        ctx.needs_input_grad[1],
     )
     return grad_x, grad_prototypes if ctx.needs_input_grad[1] else None, None, None, None, None
 

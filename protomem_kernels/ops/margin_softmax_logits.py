@@ -11,7 +11,7 @@ from protomem_kernels._checks import check_batch, check_occupied, check_prototyp
 from protomem_kernels.margins import ArcFace, DSoftmax, Margin, bind
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.ops._embeddings import unit_embeddings
-from protomem_kernels.ops.dispatch import register
+from protomem_kernels.ops.dispatch import call, register
 from protomem_kernels.ops.margin_softmax_loss import (
     Bank,
     check_objective,
@@ -73,7 +73,8 @@ def margin_softmax_logits(
     counts = (targets >= 0) & (targets < prototypes.shape[0])
     target_map = bind(margin, norm)
     form = hard_negative_form(x, [bank], counts, target_map, mining, normalize_prototypes)
-    logits = torch.ops.protomem.margin_softmax_logits(
+    logits = call(
+        "margin_softmax_logits",
         x,
         prototypes,
         targets,
@@ -107,8 +108,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
     need_prototypes = ctx.needs_input_grad[1]
-    grad_x, grad_prototypes, grad_target = torch.ops.protomem.margin_softmax_logits_backward(
-        grad, *ctx.saved_tensors, ctx.scale, ctx.normalize_prototypes, need_prototypes
+    grad_x, grad_prototypes, grad_target = call(
+        "margin_softmax_logits_backward", grad, *ctx.saved_tensors, ctx.scale, ctx.normalize_prototypes, need_prototypes
     )
     return grad_x, grad_prototypes if need_prototypes else None, None, grad_target, *[None] * 5
 

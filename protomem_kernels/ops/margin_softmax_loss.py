@@ -23,6 +23,7 @@ from protomem_kernels._checks import (
 from protomem_kernels.margins import ArcFace, DSoftmax, Margin, TargetMap, bind
 from protomem_kernels.mining import HardestNegatives, HardSamples, MiningRule, ReshapesNegatives
 from protomem_kernels.ops._embeddings import unit_embeddings
+from protomem_kernels.ops.dispatch import call
 from protomem_kernels.ops.negative_logsumexp import negative_logsumexp
 from protomem_kernels.types import HardNegativeForm, MarginSoftmaxStats
 
@@ -223,8 +224,14 @@ def choose_negatives(
     if not isinstance(mining, HardestNegatives):
         return [None] * len(banks)
     found = [
-        torch.ops.protomem.hardest_negatives(
-            x.detach(), bank.prototypes.detach(), bank.targets, bank.occupied, mining.k, normalize_prototypes
+        call(
+            "hardest_negatives",
+            x.detach(),
+            bank.prototypes.detach(),
+            bank.targets,
+            bank.occupied,
+            mining.k,
+            normalize_prototypes,
         )
         for bank in banks
     ]

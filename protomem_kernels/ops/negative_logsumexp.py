@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protomem_kernels._checks import refuse_targets_past_the_end
-from protomem_kernels.ops.dispatch import register
+from protomem_kernels.ops.dispatch import call, register
 from protomem_kernels.types import HardNegativeForm
 
 # Exponents that float32 / float64 can hold, with a margin below overflow and above the smallest normal number.
@@ -74,7 +74,8 @@ def negative_logsumexp(
     """
     offset = exponent_offset(scale, prototypes.shape[0], form, x.dtype)
     with_gradient = torch.is_grad_enabled() and x.requires_grad
-    cosine, n, *_ = torch.ops.protomem.negative_logsumexp(
+    cosine, n, *_ = call(
+        "negative_logsumexp",
         x,
         prototypes,
         targets,
@@ -108,6 +109,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
     _, n, target_rows, o, kept = output
     ctx.mark_non_differentiable(target_rows, o, kept)
+    ctx.set_materialize_grads(False)  # no zeros as large as what was kept
     # Without a gradient of their own, the prototypes may be overwritten before backward: they are not kept.
     ctx.keeps_prototypes = ctx.needs_input_grad[1]
     inside = (x, prototypes, targets, occupied, negatives, threshold, coefficients, kept, n)
@@ -115,8 +117,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.scale, ctx.offset, ctx.normalize_prototypes = scale, offset, normalize_prototypes
 
 
-def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, *_: Any) -> Any:
+def _backward(ctx: Any, grad_cosine: Tensor | None, grad_n: Tensor | None, *_: Any) -> Any:
     target_rows, o, *inside = ctx.saved_tensors
+    grad_cosine = target_rows.new_zeros(len(target_rows)) if grad_cosine is None else grad_cosine
+    grad_n = target_rows.new_zeros(len(target_rows)) if grad_n is None else grad_n
     grad_x = grad_prototypes = None
     if ctx.needs_input_grad[0]:
         grad_x = grad_cosine[:, None] * target_rows + grad_n[:, None] * o
@@ -124,7 +128,8 @@ def _backward(ctx: Any, grad_cosine: Tensor, grad_n: Tensor, *_: Any) -> Any:
         # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
         x, *others, n = inside
         alive = torch.isfinite(x).all(dim=1)
-        grad_prototypes = torch.ops.protomem.negative_logsumexp_backward(
+        grad_prototypes = call(
+            "negative_logsumexp_backward",
             torch.where(alive, grad_cosine, 0),
             torch.where(alive, grad_n, 0),
             torch.where(alive[:, None], x, 0),

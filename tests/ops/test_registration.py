@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import protomem_kernels as pmk
 from protomem_kernels import reference
@@ -242,3 +243,38 @@ def test_importing_is_quick_and_pulls_nothing_in() -> None:
     ]
     assert min(float(run[0]) for run in runs) < 0.3
     assert runs[0][1] == "[]"
+
+
+class Watching(TorchDispatchMode):
+    """Notes the operators that go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_whoever_watches_sees_the_operators() -> None:
+    """A call goes past the dispatcher only where nothing but autograd could tell."""
+    x, w, targets, _ = inputs((4, 9, 3))
+    x.requires_grad_()
+    targets = targets.clamp(min=0)
+    with Watching() as watching:
+        loss = pmk.margin_softmax_loss(x, w, targets)
+        loss.backward()
+    assert "protomem::negative_logsumexp" in watching.seen
+    plain = x.detach().requires_grad_()
+    pmk.margin_softmax_loss(plain, w, targets).backward()
+    torch.testing.assert_close(plain.grad, x.grad)
+    transformed = torch.func.grad(lambda x: pmk.margin_softmax_loss(x, w, targets))(x.detach())
+    torch.testing.assert_close(transformed, x.grad)
+    marked = pmk.margin_softmax_loss(x.detach().as_subclass(Subclass), w, targets)
+    assert isinstance(marked, Subclass)
+    torch.testing.assert_close(marked.as_subclass(Tensor), loss.detach())
