@@ -9,7 +9,7 @@ BUILT  := $(VENV)/.built
 ARGS   ?=
 CXX_FILES := $(shell find csrc -type f -name '*.h' -o -type f -name '*.cpp')
 
-.PHONY: train test extension lint format types timing mutants lock clean
+.PHONY: train test extension lint format types timing mutants sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -35,6 +35,24 @@ types: $(READY)
 
 mutants: $(BUILT)
 	$(BIN)/python -m tests.mutants
+
+# The compiled part under the sanitizers. The contract suites run on a copy of the package beside the tests, so that
+# the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in tests/cpp,
+# which `make test` runs too. In all some minutes.
+SANITIZED := $(CURDIR)/build/sanitized
+sanitize: $(READY)
+	PROTOMEM_BUILD_CPU=1 PROTOMEM_BUILD_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	rm -rf $(SANITIZED)/tests $(SANITIZED)/report.*
+	cp -r tests pyproject.toml $(SANITIZED)
+	@echo "sanitize: the extension is built with address,undefined in build/sanitized"
+	cd $(SANITIZED) && LD_PRELOAD=$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libubsan.so) \
+	    ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/report UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
+	    PROTOMEM_SANITIZED=$(SANITIZED) PYTHONPATH=$(SANITIZED) \
+	    $(CURDIR)/$(BIN)/python -m pytest -n 2 -k cpu -m "not slow and not timing" --no-cov -p no:cacheprovider tests/ops \
+	    || { cat report.*; exit 1; }
+	@echo "sanitize: the contract suites are clean under address,undefined, with every instruction set"
+	PROTOMEM_STRESS=required $(BIN)/python -m pytest -v --no-header --no-cov tests/test_cpp.py
+	@echo "sanitize: the stress programs are clean under thread and under address,undefined"
 
 # The compiled CPU part, into protomem_kernels/: built again when its sources change, and only what changed.
 extension: $(BUILT)

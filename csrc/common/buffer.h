@@ -5,6 +5,8 @@
 #include <new>
 #include <utility>
 
+#include "huge_pages.h"
+
 namespace protomem::PROTOMEM_ISA {
 
 template <class T>
@@ -13,8 +15,11 @@ class Buffer {
   static constexpr std::align_val_t alignment{64};
 
   Buffer() = default;
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(size > 0 ? size : 1) * sizeof(T), alignment))) {}
+  explicit Buffer(int64_t size) {
+    const std::size_t bytes = static_cast<std::size_t>(size > 0 ? size : 1) * sizeof(T);
+    data_ = static_cast<T*>(::operator new(bytes, alignment));
+    prefer_huge_pages(data_, bytes);
+  }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);

@@ -86,11 +86,11 @@ struct Direction {
 // `scratch` (n numbers; may be x itself) is used only where squares leave the range: then the largest entry is divided
 // out first.
 template <class T>
-inline Direction<T> direction_of(const T* x, int64_t n, T* scratch) {
+inline Direction<T> direction_of(const T* x, int64_t n, T* scratch, T squares) {
   // What squares lose below the smallest normal number lies below the rounding of a sum of this size.
   constexpr T epsilon = std::numeric_limits<T>::epsilon();
   constexpr T safe = std::numeric_limits<T>::min() / (epsilon * epsilon);
-  const T squares = dot(x, x, n), length = std::sqrt(squares);
+  const T length = std::sqrt(squares);
   if (squares >= safe && squares <= largest_finite<T>) return {x, 1 / length, length};
   T largest = 0;
   for (int64_t d = 0; d < n; d++) largest = std::max(largest, std::abs(x[d]));
@@ -98,6 +98,11 @@ inline Direction<T> direction_of(const T* x, int64_t n, T* scratch) {
   if (largest == 0) return {x, 0, length};
   for (int64_t d = 0; d < n; d++) scratch[d] = x[d] / largest;
   return {scratch, 1 / std::sqrt(dot(scratch, scratch, n)), length};
+}
+
+template <class T>
+inline Direction<T> direction_of(const T* x, int64_t n, T* scratch) {
+  return direction_of(x, n, scratch, dot(x, x, n));
 }
 
 // How many of `rows` rows of `dim` numbers one thread takes at a time: enough work to outweigh waking the thread.

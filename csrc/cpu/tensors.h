@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/huge_pages.h"
 #include "../common/parallel.h"
 #include "../common/views.h"
 
@@ -113,7 +114,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                          strides.data(), code, aoti_torch_device_type_cpu(), 0,
                                                          &tensor));
-  return Tensor(tensor);
+  Tensor result(tensor);
+  prefer_huge_pages(result.mutable_data_ptr(), static_cast<std::size_t>(result.numel()) * result.element_size());
+  return result;
 }
 
 inline Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
