@@ -74,15 +74,6 @@ inline IntVec<T> ivload(const typename Lanes<T>::Integer* p) {
 }
 
 template <class T>
-inline Vec<T> vmax(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;  // b where a is NaN
-}
-template <class T>
-inline Vec<T> vmin(Vec<T> a, Vec<T> b) {
-  return a < b ? a : b;
-}
-
-template <class T>
 inline bool any(IntVec<T> mask) {
   uint64_t words[vector_bytes / 8], together = 0;
   std::memcpy(words, &mask, sizeof words);

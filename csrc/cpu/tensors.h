@@ -119,11 +119,6 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return result;
 }
 
-inline Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor tensor = empty(sizes, dtype);
-  return torch::stable::zero_(tensor);
-}
-
 // PyTorch's threads; inside one of its parallel regions, this thread alone.
 inline Parallel parallel() {
   return Parallel(torch::stable::get_num_threads(),
