@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protomem_kernels import compiled, reference
+from protomem_kernels import compiled, reference, triton
 
 LIBRARY = torch.library.Library("protomem", "DEF")
 
@@ -52,7 +52,7 @@ def _not_in_this_version() -> str:
 # In the order of preference; the reference serves every device and comes last.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend("cuda", unavailable=_not_in_this_version),
-    "triton": Backend("triton", unavailable=_not_in_this_version),
+    "triton": Backend("triton", triton.KERNELS, triton.unavailable, triton.refuses),
     "cpu": Backend("cpu", compiled.CPU_KERNELS, compiled.unavailable, compiled.refuses, compiled.warn_once),
     "reference": Backend("reference", reference.KERNELS),
 }

@@ -1,0 +1,53 @@
+"""Triton kernels: one file per operator. They run on NVIDIA GPUs, and on the CPU in Triton's interpreter.
+
+``KERNELS`` is what the dispatch sees. Triton itself is imported at the first call, so that importing the package stays
+quick and works where there is no Triton. ``TRITON_INTERPRET=1``, set before that first call, runs every kernel in the
+interpreter, on CPU tensors too: that is how the tests execute them without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPERATORS: dict[str, str] = {}  # operator -> the module in this folder that holds it
+
+
+def _on_first_call(operator: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        module = importlib.import_module(f"protomem_kernels.triton.{OPERATORS[operator]}")
+        return getattr(module, operator)(*args)
+
+    kernel.__name__ = operator
+    return kernel
+
+
+KERNELS: dict[str, Callable[..., Any]] = {operator: _on_first_call(operator) for operator in OPERATORS}
+
+
+def interpreted() -> bool:
+    """Say whether kernels run in Triton's interpreter instead of on a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Return why no call can be served here, or None if some can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton; it exists for Linux and comes with CUDA builds of torch)"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def refuses(operator: str, tensors: Sequence[Tensor]) -> str | None:
+    """Return why these tensors cannot be served, or None if they can."""
+    for tensor in tensors:
+        if not tensor.is_cuda and not (tensor.is_cpu and interpreted()):
+            return f"serves tensors on a GPU, got one on {tensor.device}"
+    return None
