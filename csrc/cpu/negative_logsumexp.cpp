@@ -1,5 +1,6 @@
 #include "negative_logsumexp.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "capability.h"
@@ -46,7 +47,10 @@ Outputs forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets
   const ScalarType dtype = x.scalar_type();
   Tensor cosine = empty({batch}, dtype), n = empty({batch}, dtype), target_rows = empty({batch, dim}, dtype);
   Tensor o = with_gradient ? empty({batch, dim}, dtype) : empty({0, 0}, dtype);
-  Tensor kept = empty({prototypes.size(0), kept_rows}, dtype);
+  const bool keep = kept_rows > 0;
+  Tensor kept = empty({keep ? prototypes.size(0) : 0, keep ? prototypes.size(1) : 0}, prototypes.scalar_type());
+  STD_TORCH_CHECK(!keep || (prototypes.scalar_type() == dtype && kept_rows <= std::min(batch, dim)),
+                  "kept_rows must be 0, or at most min(x.shape) with prototypes in the dtype of x, got ", kept_rows);
   in.running = !offset.has_value();
   in.cosine = cosine.mutable_data_ptr();
   in.n = n.mutable_data_ptr();
@@ -59,24 +63,23 @@ Outputs forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets
   return {cosine, n, target_rows, o, kept};
 }
 
-Tensor backward(const Tensor& grad_cosine, const Tensor& grad_n, const Tensor& x, const Tensor& prototypes,
-                const Tensor& targets, const OptionalTensor& occupied, const OptionalTensor& negatives,
-                const OptionalTensor& threshold, const OptionalTensor& coefficients, const Tensor& kept,
-                const Tensor& n, double scale, std::optional<double> offset, bool normalize_prototypes) {
+void backward_(Tensor grad_prototypes, const Tensor& grad_cosine, const Tensor& grad_n, const Tensor& x,
+               const Tensor& prototypes, const Tensor& targets, const OptionalTensor& occupied,
+               const OptionalTensor& negatives, const OptionalTensor& threshold, const OptionalTensor& coefficients,
+               const Tensor& n, double scale, std::optional<double> offset, bool normalize_prototypes,
+               int64_t kept_rows) {
   const Inputs inputs(x, occupied);
-  const Tensor own_grad_cosine = as_contiguous(grad_cosine), own_n = as_contiguous(n);
-  const Tensor own_grad_n = as_contiguous(grad_n), own_kept = as_contiguous(kept);
+  const Tensor own_grad_cosine = as_contiguous(grad_cosine), own_grad_n = as_contiguous(grad_n);
+  const Tensor own_n = as_contiguous(n);
+  STD_TORCH_CHECK(grad_prototypes.is_contiguous(), "grad_prototypes must be contiguous");
   NegativeLogsumexpBackward in;
   inputs.fill(in, prototypes, targets, negatives, threshold, coefficients, scale, offset, normalize_prototypes);
-  in.kept = const_cast<void*>(own_kept.const_data_ptr());
-  in.kept_rows = kept.size(1);
+  in.kept_rows = kept_rows;
   in.grad_cosine = own_grad_cosine.const_data_ptr();
   in.grad_n = own_grad_n.const_data_ptr();
   in.n = own_n.const_data_ptr();
-  Tensor grad_prototypes = empty({prototypes.size(0), prototypes.size(1)}, prototypes.scalar_type());
   in.grad_prototypes = mutable_matrix(grad_prototypes, "grad_prototypes");
   kernels().negative_logsumexp_backward(in, parallel());
-  return grad_prototypes;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
@@ -86,14 +89,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
       " bool with_gradient, SymInt kept_rows)"
       " -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o, Tensor kept)");
   m.def(
-      "negative_logsumexp_backward(Tensor grad_cosine, Tensor grad_n, Tensor x, Tensor prototypes, Tensor targets,"
-      " Tensor? occupied, Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor kept, Tensor n,"
-      " float scale, float? offset, bool normalize_prototypes) -> Tensor grad_prototypes");
+      "negative_logsumexp_backward_(Tensor(a!) grad_prototypes, Tensor grad_cosine, Tensor grad_n, Tensor x,"
+      " Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives, Tensor? threshold,"
+      " Tensor? coefficients, Tensor n, float scale, float? offset, bool normalize_prototypes, SymInt kept_rows)"
+      " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protomem_cpu, CPU, m) {
   m.impl("negative_logsumexp", TORCH_BOX(&forward));
-  m.impl("negative_logsumexp_backward", TORCH_BOX(&backward));
+  m.impl("negative_logsumexp_backward_", TORCH_BOX(&backward_));
 }
 
 }  // namespace

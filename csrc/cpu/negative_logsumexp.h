@@ -19,7 +19,9 @@
 //
 // Backward, for the prototypes: class-stationary. Tiles are independent; each takes its probabilities from what forward
 // kept, or forms them again from n, and multiplies them with the batch. One product for samples that were kept, two for
-// the others; nothing is added up across tiles, no atomics.
+// the others; nothing is added up across tiles, no atomics. What forward keeps of a slot lies in the row of memory that
+// will be its gradient: a tile's probabilities are read before its gradient is written, so that keeping up to D samples
+// takes no memory of its own.
 //
 // With `negatives` given only those slots count: rows are gathered, no product is formed.
 #pragma once
@@ -40,8 +42,7 @@ struct LogsumexpInputs {
   double scale = 1;
   bool normalize = false;  // scale prototypes to unit length first
   double offset = 0;       // subtracted from all exponents, unless maxima run
-  void* kept = nullptr;    // (M, K) acc: e^{s h - offset} h' of the first K samples, 0 at targets and empty slots
-  int64_t kept_rows = 0;   // K
+  int64_t kept_rows = 0;   // K <= D: see `kept`
 };
 
 struct NegativeLogsumexp : LogsumexpInputs {
@@ -50,14 +51,15 @@ struct NegativeLogsumexp : LogsumexpInputs {
   void* n = nullptr;            // (B,) acc
   void* target_rows = nullptr;  // (B, D) acc
   bool with_gradient = false;
-  void* o = nullptr;  // (B, D) acc, if with_gradient
+  void* o = nullptr;     // (B, D) acc, if with_gradient
+  void* kept = nullptr;  // (M, D) acc: in its first K columns e^{s h - offset} h' of the first K samples, 0 at targets
 };
 
 struct NegativeLogsumexpBackward : LogsumexpInputs {
   const void* grad_cosine = nullptr;  // (B,) acc
   const void* grad_n = nullptr;       // (B,) acc
   const void* n = nullptr;            // (B,) acc
-  Matrix grad_prototypes;             // (M, D) contiguous, in the dtype of the prototypes
+  Matrix grad_prototypes;  // (M, D) contiguous, in the dtype of the prototypes; holds `kept` before, the result after
 };
 
 }  // namespace protomem

@@ -62,7 +62,7 @@ class Forward {
 
   void run() {
     for (int64_t j = 0; in_.occupied != nullptr && in_.kept_rows > 0 && j < in_.prototypes.rows; j++)
-      if (!in_.occupied[j]) std::fill_n(static_cast<T*>(in_.kept) + j * in_.kept_rows, in_.kept_rows, T(0));
+      if (!in_.occupied[j]) std::fill_n(static_cast<T*>(in_.kept) + j * dim_, in_.kept_rows, T(0));
     stream_memory<T>(
         cut_, in_.prototypes, in_.normalize, x_.count, parallel_,
         [&](int64_t j) { return in_.occupied == nullptr || in_.occupied[j]; },
@@ -101,7 +101,7 @@ class Forward {
     const int64_t count = min_of(panel_rows<T>, in_.kept_rows - x_.first(p));
     for (int64_t t = 0; count > 0 && t < tile.count(); t++)
       std::copy_n(logits + t * panel_rows<T>, count,
-                  static_cast<T*>(in_.kept) + tile.slot(t) * in_.kept_rows + x_.first(p));
+                  static_cast<T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p));
   }
 
   // logits y -> e^{s h - shift} h', in place; adds e^{s h - shift} to the total. The target's entry becomes 0.
@@ -367,8 +367,8 @@ class Backward {
     const PanelTargets<T> targets(tile, targets_ + rows_.first(p));
     for (int64_t t = 0; t < tile.count(); t++) {
       T row[panel_rows<T>] = {};
-      std::copy_n(static_cast<const T*>(in_.kept) + tile.slot(t) * in_.kept_rows + rows_.first(p), rows_.filled(p),
-                  row);
+      std::copy_n(static_cast<const T*>(in_.grad_prototypes.data) + tile.slot(t) * dim_ + rows_.first(p),
+                  rows_.filled(p), row);
       for (int v = 0; v < rows_.vectors(p); v++) {
         const Vec<T> factor = vload<T>(kept_factor_.get() + rows_.first(p) + v * lanes<T>);
         const Vec<T> q = factor == 0 ? broadcast<T>(0) : factor * vload<T>(row + v * lanes<T>);

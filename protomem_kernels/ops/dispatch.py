@@ -192,15 +192,16 @@ def register(
 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"protomem::{name}", fake, lib=LIBRARY)
-    if backward is None and name.endswith("_backward"):
-        backward = functools.partial(_no_double_backward, name)
+    function = None
     if backward is not None:
+        backward = _once(name, backward)
         torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-        _DIRECT[name] = implementation, _autograd_function(name, implementation, setup_context, backward)
+        function = _autograd_function(name, implementation, setup_context, backward)
+    _DIRECT[name] = implementation, function
 
 
-# Functional operators by name: the implementation, and the same as an autograd function.
-_DIRECT: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function]]] = {}
+# Operators by name: the implementation, and the same as an autograd function if the operator can be differentiated.
+_DIRECT: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function] | None]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
@@ -210,18 +211,20 @@ def call(name: str, *args: Any) -> Any:
     which costs small calls more than the work itself. A compiler, a mode or a tensor subclass still sees the operator.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if torch.compiler.is_compiling() or _is_watched(tensors):
+    if is_watched(tensors):
         return getattr(torch.ops.protomem, name).default(*args)
     implementation, function = _DIRECT[name]
-    if torch.is_grad_enabled():
+    if function is not None and torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
                 return function.apply(*args)
     return implementation(*args)
 
 
-def _is_watched(tensors: Sequence[Tensor]) -> bool:
-    """Say whether a mode or a tensor subclass wants to see operators."""
+def is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Say whether a compiler, a mode or a tensor subclass wants to see operators."""
+    if torch.compiler.is_compiling():
+        return True
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter:
@@ -243,9 +246,41 @@ def _autograd_function(
     return type(name, (torch.autograd.Function,), members)
 
 
-def _no_double_backward(name: str, ctx: Any, *grads: Tensor) -> Any:
-    forward = name.removesuffix("_backward")
-    raise RuntimeError(
-        f"{forward} can be differentiated once: its backward pass has no gradient of its own (double backward, "
-        "create_graph=True, torch.func.hessian). Use the logits of margin_softmax_logits in float64 PyTorch instead."
-    )
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``backward`` with results that raise where somebody differentiates them again.
+
+    They are computed outside autograd; what autograd could follow of them would be a part of the second derivative.
+    They depend on ``grads`` and on what was saved, which has to hold every argument that can require a gradient.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # the usual case: no create_graph
+            return results
+        results = results if isinstance(results, tuple) else (results,)
+        made = [result for result in results if result is not None]
+        final = iter(_Final.apply(name, len(made), *made, *grads, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        return tuple(None if result is None else next(final) for result in results)
+
+    return guarded
+
+
+class _Final(torch.autograd.Function):
+    """The first ``count`` of the tensors as they are, as functions of all of them whose gradient is an error."""
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} can be differentiated once: its backward pass has no gradient of its own (double backward, "
+            "create_graph=True, torch.func.hessian). Form the logits in plain PyTorch instead."
+        )

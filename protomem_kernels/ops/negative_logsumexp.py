@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from protomem_kernels._checks import refuse_targets_past_the_end
-from protomem_kernels.ops.dispatch import call, register
+from protomem_kernels.ops.dispatch import call, is_watched, register
 from protomem_kernels.types import HardNegativeForm
 
 # Exponents that float32 / float64 can hold, with a margin below overflow and above the smallest normal number.
 EXPONENTS = {torch.float32: (-87.0, 88.0), torch.float64: (-708.0, 709.0)}
-# Bytes that a call may keep for the prototypes' gradient, so that backward need not form those products again.
-WORK_SPACE = 64 * 1024 * 1024
 
 
 def exponent_offset(scale: float, slots: int, form: HardNegativeForm | None, dtype: torch.dtype) -> float | None:
@@ -32,10 +30,16 @@ def exponent_offset(scale: float, slots: int, form: HardNegativeForm | None, dty
 
 
 def rows_to_keep(x: Tensor, prototypes: Tensor, offset: float | None) -> int:
-    """Return for how many samples forward keeps its exponentials (M each), to spare backward the product."""
-    if offset is None or not (torch.is_grad_enabled() and prototypes.requires_grad):
+    """Return for how many samples forward may keep its exponentials, to spare backward their product.
+
+    They are kept where the prototypes' gradient will be written, so they take no memory of their own: D per slot fit.
+    On the CPU, where a product costs more than writing and reading as many numbers; not where a compiler or a mode
+    watches, for whom backward would overwrite an output of forward.
+    """
+    wanted = torch.is_grad_enabled() and prototypes.requires_grad
+    if offset is None or not wanted or not x.is_cpu or x.dtype != prototypes.dtype or is_watched((x, prototypes)):
         return 0
-    return min(x.shape[0], WORK_SPACE // max(1, prototypes.shape[0] * x.element_size()))
+    return min(x.shape)
 
 
 def negative_logsumexp(
@@ -53,8 +57,8 @@ def negative_logsumexp(
 
     ``n_i = log sum_j exp(scale h_ij)`` over the occupied slots j other than the target (only ``negatives``, if given),
     with ``h_ij`` the cosine or its hard-negative form; -inf where there are none. The gradient of ``x`` is accumulated
-    in the forward pass, so the backward pass reads no prototype unless ``prototypes`` needs a gradient itself; for that
-    one, up to ``WORK_SPACE`` bytes of exponentials are kept from forward to backward.
+    in the forward pass, so the backward pass reads no prototype unless ``prototypes`` needs a gradient itself; the
+    memory of that one is then allocated in the forward pass already (``rows_to_keep``).
 
     Args:
         x: (B, D) float32 or float64, unit or zero rows.
@@ -99,45 +103,52 @@ def _check_values(x: Tensor, prototypes: Tensor, targets: Tensor, *_: Any) -> No
 def _fake(x: Tensor, prototypes: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *_, with_gradient, kept_rows = rest
     o = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradient else x.new_empty(0, 0)
-    kept = x.new_empty(prototypes.shape[0], kept_rows)
+    kept = prototypes.new_empty(prototypes.shape if kept_rows else (0, 0))
     return x.new_empty(x.shape[0]), x.new_empty(x.shape[0]), x.new_empty(x.shape), o, kept
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, prototypes, targets, occupied, negatives, threshold, coefficients, scale, offset, normalize_prototypes, *_ = (
-        inputs
-    )
+    x, *inside, scale, offset, normalize_prototypes, _, kept_rows = inputs
     _, n, target_rows, o, kept = output
     ctx.mark_non_differentiable(target_rows, o, kept)
     ctx.set_materialize_grads(False)  # no zeros as large as what was kept
     # Without a gradient of their own, the prototypes may be overwritten before backward: they are not kept.
     ctx.keeps_prototypes = ctx.needs_input_grad[1]
-    inside = (x, prototypes, targets, occupied, negatives, threshold, coefficients, kept, n)
-    ctx.save_for_backward(target_rows, o, *(inside if ctx.keeps_prototypes else ()))
+    ctx.save_for_backward(target_rows, o, x, *((*inside, n) if ctx.keeps_prototypes else ()))
     ctx.scale, ctx.offset, ctx.normalize_prototypes = scale, offset, normalize_prototypes
+    # Not among the saved tensors, which must stay as they are: backward writes the gradient over it.
+    ctx.kept = (kept, kept_rows) if ctx.keeps_prototypes and kept.numel() else None
 
 
 def _backward(ctx: Any, grad_cosine: Tensor | None, grad_n: Tensor | None, *_: Any) -> Any:
-    target_rows, o, *inside = ctx.saved_tensors
+    target_rows, o, x, *inside = ctx.saved_tensors
     grad_cosine = target_rows.new_zeros(len(target_rows)) if grad_cosine is None else grad_cosine
     grad_n = target_rows.new_zeros(len(target_rows)) if grad_n is None else grad_n
     grad_x = grad_prototypes = None
     if ctx.needs_input_grad[0]:
         grad_x = grad_cosine[:, None] * target_rows + grad_n[:, None] * o
     if ctx.keeps_prototypes:
+        prototypes, *others, n = inside
+        if ctx.kept is not None:
+            grad_prototypes, kept_rows = ctx.kept
+            ctx.kept = None  # a second backward pass (retain_graph) has to form the exponentials again
+        else:
+            grad_prototypes, kept_rows = torch.empty_like(prototypes, memory_format=torch.contiguous_format), 0
         # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
-        x, *others, n = inside
         alive = torch.isfinite(x).all(dim=1)
-        grad_prototypes = call(
-            "negative_logsumexp_backward",
+        call(
+            "negative_logsumexp_backward_",
+            grad_prototypes,
             torch.where(alive, grad_cosine, 0),
             torch.where(alive, grad_n, 0),
             torch.where(alive[:, None], x, 0),
+            prototypes,
             *others,
             torch.where(alive, n, float("-inf")),
             ctx.scale,
             ctx.offset,
             ctx.normalize_prototypes,
+            kept_rows,
         )
     return grad_x, grad_prototypes, *[None] * 10
 
@@ -153,9 +164,9 @@ register(
     backward=_backward,
 )
 register(
-    "negative_logsumexp_backward",
-    "(Tensor grad_cosine, Tensor grad_n, Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied,"
-    " Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor kept, Tensor n, float scale, float? offset,"
-    " bool normalize_prototypes) -> Tensor grad_prototypes",
-    fake=lambda grad_cosine, grad_n, x, prototypes, *_: prototypes.new_empty(prototypes.shape),
+    "negative_logsumexp_backward_",
+    "(Tensor(a!) grad_prototypes, Tensor grad_cosine, Tensor grad_n, Tensor x, Tensor prototypes, Tensor targets,"
+    " Tensor? occupied, Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor n, float scale,"
+    " float? offset, bool normalize_prototypes, SymInt kept_rows) -> ()",
+    fake=lambda *_: None,
 )

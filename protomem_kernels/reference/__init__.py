@@ -8,7 +8,7 @@ from protomem_kernels.reference.aggregate_prototypes import aggregate_prototypes
 from protomem_kernels.reference.enqueue import enqueue_, match_identities, refreshed_rows
 from protomem_kernels.reference.hardest_negatives import hardest_negatives, hardest_negatives_backward
 from protomem_kernels.reference.margin_softmax_logits import margin_softmax_logits, margin_softmax_logits_backward
-from protomem_kernels.reference.negative_logsumexp import negative_logsumexp, negative_logsumexp_backward
+from protomem_kernels.reference.negative_logsumexp import negative_logsumexp, negative_logsumexp_backward_
 
 __all__ = ["KERNELS", "match_identities", "normalize_rows_", "refreshed_rows", "unit_rows"]
 
@@ -19,7 +19,7 @@ KERNELS = {
         aggregate_prototypes_backward,
         enqueue_,
         negative_logsumexp,
-        negative_logsumexp_backward,
+        negative_logsumexp_backward_,
         hardest_negatives,
         hardest_negatives_backward,
         margin_softmax_logits,

@@ -113,17 +113,29 @@ def negative_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return c (B,), n (B,), the target rows dc/dx (B, D), o = dn/dx (B, D; empty without ``with_gradient``) and kept.
 
-    ``kept`` (M, K) holds e^{s h - offset} h' of the first K = ``kept_rows`` samples, for backward, and 0 at
-    targets and empty slots. Every backend lays it out so: backward may be served by another one.
+    ``kept`` (M, D), in the dtype of the prototypes, is the memory of their gradient: its first K = ``kept_rows``
+    columns hold e^{s h - offset} h' of the first K samples, and 0 at targets and empty slots. A backend may keep
+    nothing and return it empty (0, 0); those that keep lay it out so, since backward may be served by another one.
     """
     targets = valid_slots(targets, prototypes.shape[0])
     target_rows = gather_rows(prototypes, targets, x.dtype, normalize_prototypes)
     cosine = (x * target_rows).sum(dim=1)
     y = x * scale
     sums = Sums(x, offset, with_gradient)
-    kept = x.new_empty(prototypes.shape[0], kept_rows)
+    kept = prototypes.new_empty(prototypes.shape if kept_rows else (0, 0))
     if negatives is None:
-        _stream(y, prototypes, targets, occupied, threshold, coefficients, scale, normalize_prototypes, sums, kept)
+        _stream(
+            y,
+            prototypes,
+            targets,
+            occupied,
+            threshold,
+            coefficients,
+            scale,
+            normalize_prototypes,
+            sums,
+            kept[:, :kept_rows],
+        )
     else:
         _gathered(y, prototypes, targets, negatives, threshold, coefficients, scale, normalize_prototypes, sums)
     n, o = sums.finish(scale)
@@ -201,7 +213,8 @@ def chosen_negatives(negatives: Tensor, targets: Tensor, capacity: int) -> Tenso
     return torch.where(slots == targets[:, None], -1, slots)
 
 
-def negative_logsumexp_backward(
+def negative_logsumexp_backward_(
+    grad_prototypes: Tensor,
     grad_cosine: Tensor,
     grad_n: Tensor,
     x: Tensor,
@@ -211,15 +224,16 @@ def negative_logsumexp_backward(
     negatives: Tensor | None,
     threshold: Tensor | None,
     coefficients: Tensor | None,
-    kept: Tensor,
     n: Tensor,
     scale: float,
     offset: float | None,
     normalize_prototypes: bool,
-) -> Tensor:
-    """Return dL/dw (M, D): the probabilities of each tile come from what forward kept, or are formed again from n.
+    kept_rows: int,
+) -> None:
+    """Write dL/dw into ``grad_prototypes`` (M, D), whose first ``kept_rows`` columns hold what forward kept.
 
-    Class-stationary: a tile's gradient is complete when it is written, so nothing is added up across tiles.
+    The probabilities of each tile come from there, or are formed again from n. Class-stationary: a tile's gradient is
+    complete when it is written, so nothing is added up across tiles.
     """
     capacity = prototypes.shape[0]
     targets = valid_slots(targets, capacity)
@@ -235,24 +249,24 @@ def negative_logsumexp_backward(
 
     if negatives is not None:
         slots = chosen_negatives(negatives, targets, capacity)
-        return _gathered_backward(
+        grad_prototypes[:] = _gathered_backward(
             probabilities, grad_cosine, x, prototypes, targets, slots, scale, normalize_prototypes
         )
+        return
 
     present = None
     if occupied is not None and not all_present(occupied):
         padded = torch.cat([occupied, occupied.new_zeros(1)])  # a target is present whatever `occupied` says
         present = padded.index_fill(0, torch.where(targets < 0, capacity, targets), True)[:capacity]
-    grad = torch.empty_like(prototypes, memory_format=torch.contiguous_format)
     width = tile_width(x.shape[0])
-    first = kept.shape[1]  # sample that forward kept nothing of
+    first = kept_rows  # sample that forward kept nothing of
     kept_factor = factor[:first] * ((offset or 0.0) - n[:first]).exp()
     alive = kept_factor[:, 0] != 0
     y = x[first:] * scale
     buffer = x.new_empty(x.shape[0] * min(width, capacity))
     for start, tile in memory_tiles(prototypes, present, x.dtype, normalize_prototypes, width):
         p = buffer[: x.shape[0] * tile.shape[0]].view(x.shape[0], tile.shape[0])
-        torch.mul(kept[start : start + width].T, kept_factor, out=p[:first])
+        torch.mul(grad_prototypes[start : start + width, :first].T, kept_factor, out=p[:first])
         if first:
             p[:first] = keep_rows(p[:first], alive)
         torch.mm(y, tile.T, out=p[first:])
@@ -263,8 +277,7 @@ def negative_logsumexp_backward(
         tile_grad = p.T @ x
         if normalize_prototypes:
             tile_grad = unit_rows_backward(tile_grad, prototypes[start : start + width].to(x.dtype), tile)
-        grad[start : start + width] = tile_grad
-    return grad
+        grad_prototypes[start : start + width] = tile_grad
 
 
 def _gathered_backward(

@@ -108,7 +108,7 @@ class Problem {
   void check(const std::string& name) {
     const int64_t half = c_.batch / 2;
     for (const Mode& mode :
-         {Mode{"fixed offset"}, Mode{"kept rows", half}, Mode{"all rows kept", c_.batch},
+         {Mode{"fixed offset"}, Mode{"kept rows", keeping(half)}, Mode{"as many kept as fit", keeping(c_.batch)},
           Mode{"running maximum", 0, true}, Mode{"chosen", 0, false, true},
           Mode{"chosen, running maximum", 0, true, true}, Mode{"no gradient", 0, false, false, false}}) {
       const Results ours = agreed(name + ", " + mode.name, [&](int64_t threads) { return logsumexp(mode, threads); });
@@ -124,6 +124,8 @@ class Problem {
   static constexpr double a_ = 1.1, b_ = 0.1, g_ = 0.3;  // h = a cos + b + g cos^2, at most 1.5
   static constexpr T poison_ = 777;                      // in outputs: what is not written stays so
 
+  // How many of so many samples can be kept: where their gradient will lie there is room for D, in the memory's type.
+  int64_t keeping(int64_t samples) const { return std::is_same_v<T, W> ? std::min(samples, c_.dim) : 0; }
   bool has(int64_t slot) const { return slot >= 0 && slot < c_.capacity; }
   bool present(int64_t slot) const { return occupied_.empty() || occupied_[slot]; }
   double cosine(int64_t i, int64_t j) const { return cosines_[i * c_.capacity + j]; }
@@ -237,7 +239,8 @@ class Problem {
   Results logsumexp(const Mode& mode, int64_t threads) {
     const Parallel parallel = std_threads(threads);
     std::vector<T> cosine(c_.batch, poison_), n(c_.batch, poison_), rows(c_.batch * c_.dim, poison_);
-    std::vector<T> o(mode.with_gradient ? c_.batch * c_.dim : 0, poison_), kept(c_.capacity * mode.kept, poison_);
+    std::vector<T> o(mode.with_gradient ? c_.batch * c_.dim : 0, poison_);
+    std::vector<W> grad = gradient_of_w();
     NegativeLogsumexp in;
     NegativeLogsumexpBackward back;
     for (LogsumexpInputs* both : {static_cast<LogsumexpInputs*>(&in), static_cast<LogsumexpInputs*>(&back)}) {
@@ -245,7 +248,6 @@ class Problem {
       both->chosen = mode.chosen;
       if (mode.chosen) both->negatives = matrix_of(negatives_, c_.batch, 7);
       both->offset = offset_of(mode);
-      both->kept = kept.data();
       both->kept_rows = mode.kept;
     }
     in.running = mode.running;
@@ -254,9 +256,12 @@ class Problem {
     in.target_rows = rows.data();
     in.with_gradient = mode.with_gradient;
     in.o = o.data();
+    if constexpr (std::is_same_v<T, W>) in.kept = grad.data();
     PROTOMEM_ISA::negative_logsumexp(in, parallel);
+    std::vector<W> kept;
+    for (int64_t j = 0; j < c_.capacity; j++)
+      kept.insert(kept.end(), grad.begin() + j * c_.dim, grad.begin() + j * c_.dim + mode.kept);
 
-    std::vector<W> grad = gradient_of_w();
     back.grad_cosine = grad_cosine_.data();
     back.grad_n = grad_n_.data();
     back.n = n.data();

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import protomem_kernels as pmk
 from protomem_kernels.margins import bind
@@ -356,15 +358,66 @@ def test_two_banks_equal_one(backend: str, mining: object) -> None:
 
 
 @each_backend
-def test_double_backward_raises(backend: str) -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["embeddings", "prototypes"])
+def test_double_backward_raises(backend: str, which: int) -> None:
     x, w, targets, _ = inputs((3, 6, 2))
     x.requires_grad_()
     w.requires_grad_()
     with pmk.use_backend(backend):
         loss = pmk.margin_softmax_loss(x, w, targets.clamp(min=0))
-    (grad,) = torch.autograd.grad(loss, w, create_graph=True)
+        (grad,) = torch.autograd.grad(loss, (x, w)[which], create_graph=True)
     with pytest.raises(RuntimeError, match="negative_logsumexp can be differentiated once"):
         grad.sum().backward()
+
+
+@each_backend
+@pytest.mark.parametrize("batch", [5, 40], ids=["all kept", "some kept"])
+def test_backward_twice_and_nested(backend: str, batch: int) -> None:
+    """What forward keeps lies where backward writes the gradient: a second backward pass must not read it there."""
+    x, w, targets, occupied = inputs((batch, 200, 16))
+    x.requires_grad_()
+    w.requires_grad_()
+    upstream = torch.rand(2, batch, dtype=torch.float64)
+
+    def losses(x: Tensor, w: Tensor) -> Tensor:
+        return pmk.margin_softmax_loss(x, w, targets, occupied=occupied, reduction="none", scale=16.0)
+
+    with pmk.use_backend(backend):
+        loss = losses(x, w)
+        first = torch.autograd.grad(loss, (x, w), upstream[0], retain_graph=True)
+        copies = [grad.clone() for grad in first]
+        second = torch.autograd.grad(loss, (x, w), upstream[1], retain_graph=True)
+        again = torch.autograd.grad(loss, (x, w), upstream[0])
+        transformed = torch.func.grad(lambda *leaves: (upstream[0] * losses(*leaves)).sum(), (0, 1))(x, w)
+    truth = torch.autograd.grad(dense_loss(x, w, targets, occupied=occupied, scale=16.0), (x, w), upstream[1])
+    for ours, ours_again, copy, by_function in zip(first, again, copies, transformed, strict=True):
+        assert torch.equal(ours, copy)  # nobody wrote into a gradient that was handed out
+        torch.testing.assert_close(ours, ours_again)
+        torch.testing.assert_close(ours, by_function.detach())
+    for ours, expected in zip(second, truth, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@each_backend
+def test_a_step_through_saved_tensor_hooks_and_checkpointing(backend: str) -> None:
+    x, w, targets, _ = inputs((6, 50, 8))
+
+    def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with pmk.use_backend(backend):
+            return torch.autograd.grad(run(*leaves), leaves)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return pmk.margin_softmax_loss(x, w, targets)
+
+    def copied(x: Tensor, w: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()):
+            return loss(x, w)
+
+    expected = gradients(loss)
+    for run in (copied, lambda x, w: checkpoint(loss, x, w, use_reentrant=False)):
+        for ours, plain in zip(gradients(run), expected, strict=True):
+            assert torch.equal(ours, plain)
 
 
 @each_backend

@@ -19,7 +19,7 @@ DEVICE = "meta"
 
 def kernel(name: str, *args: object) -> tuple[Tensor, ...]:
     outputs = reference.KERNELS[name](*args)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
     assert all(output.device.type == DEVICE for output in outputs)
     return outputs
 
@@ -60,11 +60,12 @@ def test_every_kernel(dtype: torch.dtype, normalize: bool) -> None:
     for hard in ((None, None), (row, form)):
         for negatives in (None, chosen):
             for offset in (0.0, 3.0, None):
-                keep = 0 if offset is None or negatives is not None else B // 2
+                plain = offset is not None and negatives is None and w.dtype == x.dtype
+                keep = B // 2 if plain else 0
                 options = occupied, negatives, *hard, 64.0, offset, normalize, True, keep
                 _, n, _, _, kept = kernel("negative_logsumexp", x, w, index, *options)
-                options = occupied, negatives, *hard, kept, n, 64.0, offset, normalize
-                kernel("negative_logsumexp_backward", row, row, x, w, index, *options)
+                options = occupied, negatives, *hard, n, 64.0, offset, normalize, keep
+                kernel("negative_logsumexp_backward_", kept if keep else w.clone(), row, row, x, w, index, *options)
         (logits,) = kernel("margin_softmax_logits", x, w, index, row, occupied, *hard, 64.0, normalize)
         kernel("margin_softmax_logits_backward", logits, x, w, index, occupied, *hard, 64.0, normalize, True)
     cosines, slots = kernel("hardest_negatives", x, w, index, occupied, K, normalize)

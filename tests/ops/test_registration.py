@@ -30,13 +30,14 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     labels = torch.tensor([3, 1, -1, 3, 7])
     e, q = torch.randn(5, 4, requires_grad=True), torch.rand(5, requires_grad=True)
 
-    yield "negative_logsumexp", "plain", (x, w, targets, None, None, None, None, 8.0, 0.0, False, True, 2)
+    yield "negative_logsumexp", "plain", (x, w, targets, None, None, None, None, 8.0, 0.0, False, True, 0)
     yield "negative_logsumexp", "full", (x, w, targets, occupied, None, tau, form, 8.0, None, True, True, 0)
     yield "negative_logsumexp", "chosen", (x, w, targets, occupied, chosen, None, None, 8.0, 0.0, True, True, 0)
     inside = x.detach(), w.detach(), targets
     yield "negative_logsumexp", "no gradient", (*inside, None, None, None, None, 8.0, 0.0, False, False, 0)
-    kept = torch.rand(40, 3, dtype=torch.float64)
-    yield "negative_logsumexp_backward", "", (g, g, *inside, occupied, None, tau, form, kept, g, 8.0, 1.0, True)
+    backward = g, g, *inside, occupied, None, tau, form, g, 8.0, 1.0, True
+    yield "negative_logsumexp_backward_", "", (torch.empty(40, 4, dtype=torch.float64), *backward, 0)
+    yield "negative_logsumexp_backward_", "kept", (torch.rand(40, 4, dtype=torch.float64), *backward, 3)
     yield "hardest_negatives", "plain", (x, w, targets, occupied, 3, False)
     yield "hardest_negatives", "normalized", (x, w, targets, None, 3, True)
     yield "hardest_negatives_backward", "", (g[:, None].expand(5, 3), *inside[:2], chosen, True, True)
