@@ -7,6 +7,7 @@ interpreter, on CPU tensors too: that is how the tests execute them without a GP
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -36,11 +37,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Both cost more than a small call of an operator.
+_is_installed = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
+_has_gpu = functools.cache(torch.cuda.is_available)
+
+
 def unavailable() -> str | None:
     """Return why no call can be served here, or None if some can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed (pip install triton; it exists for Linux and comes with CUDA builds of torch)"
-    if not interpreted() and not torch.cuda.is_available():
+    if not interpreted() and not _has_gpu():
         return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
     return None
 
