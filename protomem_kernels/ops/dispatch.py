@@ -113,10 +113,11 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """
     wanted = _wanted.get()
     for backend in BACKENDS.values() if wanted is None else (BACKENDS[wanted],):
-        if backend.reason_against(operator, tensors) is None:
+        if backend.unavailable() is not None:
+            if wanted is None:
+                backend.passed_over(tensors)
+        elif operator in backend.kernels and backend.refuses(operator, tensors) is None:
             return backend.kernels[operator]
-        if wanted is None and backend.unavailable() is not None:
-            backend.passed_over(tensors)
     listing = "\n  ".join(
         f"{name:<10} {b.reason_against(operator, tensors) or 'could'}" for name, b in BACKENDS.items()
     )

@@ -32,12 +32,13 @@ def _on_first_call(operator: str) -> Callable[..., Any]:
 KERNELS: dict[str, Callable[..., Any]] = {operator: _on_first_call(operator) for operator in OPERATORS}
 
 
+@functools.cache
 def interpreted() -> bool:
-    """Say whether kernels run in Triton's interpreter instead of on a GPU."""
+    """Say whether kernels run in Triton's interpreter instead of on a GPU; settled at the first call."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Both cost more than a small call of an operator.
+# Each costs more than a small call of an operator.
 _is_installed = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
 _has_gpu = functools.cache(torch.cuda.is_available)
 
