@@ -74,15 +74,20 @@ def safe_angle(cosine: Tensor) -> Tensor:
     return value.acos() - (cosine - cosine.detach()) / sine
 
 
+def _beside(cosine: Tensor, margin: Tensor | float) -> Tensor:
+    """Return the margin with the dtype and on the device of ``cosine``, filled in there: a copy would synchronise."""
+    return margin.to(cosine) if isinstance(margin, Tensor) else cosine.new_full((), margin)
+
+
 def add_angle(cosine: Tensor, margin: Tensor | float) -> Tensor:
     """Return cos(theta + margin), whatever the sum, without computing theta."""
-    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    m = _beside(cosine, margin)
     return cosine * m.cos() - safe_sine(cosine) * m.sin()
 
 
 def guarded_add_angle(cosine: Tensor, margin: Tensor | float) -> Tensor:
     """Return cos(theta + margin) while theta + margin <= pi, else c - margin sin(margin), so that it keeps falling."""
-    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    m = _beside(cosine, margin)
     return torch.where(cosine >= -m.cos(), add_angle(cosine, m), cosine - m * m.sin())
 
 

@@ -55,10 +55,10 @@ class MVSoftmax:
     def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
         """Return tau = T(c) and the linear form."""
         a = self.t + 1 if self.kind == "adaptive" else 1.0
+        # Filled in on the device: a copy from the host would synchronise, and a CUDA graph cannot capture it.
+        form = torch.stack([target_cosine.new_full((), value) for value in (a, self.t, 0.0)])
         # For cos >= -1, a cos + t >= -1.
-        return HardNegativeForm(
-            target_map(target_cosine), target_cosine.new_tensor([a, self.t, 0.0]), -1.0, a + self.t, a
-        )
+        return HardNegativeForm(target_map(target_cosine), form, -1.0, a + self.t, a)
 
 
 class CurricularFace(nn.Module):
