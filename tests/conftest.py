@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import Phase, settings
+
+from tests.ops.cases import GPU, MakingTensorsOn
 
 # A mutant only has to fail: looking for the smallest failing example would take most of the time.
 settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 if os.environ.get("PROTOMEM_MUTANT"):
     settings.load_profile("mutants")
+
+
+def quicken_triton_interpreter() -> None:
+    """Have Triton's interpreter prepare the language once per launch instead of at every call of a helper function.
+
+    It replaces some 300 attributes each time, two milliseconds that are most of what a small kernel costs. The second
+    time over changes nothing, so it is left out while a kernel runs.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+    running = False
+
+    def prepare_once(fn: Any) -> Any:
+        nonlocal running
+        if running:
+            return None
+        scopes = [prepare(tl.zeros.fn), prepare(fn)]  # the first stands for Triton's own helpers, in another module
+        running = True
+
+        def restore() -> None:
+            nonlocal running
+            running = False
+            for scope in reversed(scopes):
+                scope.restore()
+
+        return SimpleNamespace(restore=restore)
+
+    interpreter._patch_lang = prepare_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    quicken_triton_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have a contract test with the mark "gpu" make its tensors there (tests/gpu says its devices itself)."""
+    there = request.node.get_closest_marker("gpu")
+    with MakingTensorsOn(GPU) if there and GPU else contextlib.nullcontext():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip, with its reason, what a backend refuses to serve on a GPU, such as a dtype that does not compile there."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if item.get_closest_marker("gpu") is None or "cannot serve" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def pytest_configure() -> None:

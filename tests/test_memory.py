@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from protomem_kernels import PrototypeMemory
+from protomem_kernels import PrototypeMemory, use_backend
 from tests import oracles
+from tests.ops.cases import each_backend, interpreted
 
 POLICIES = pytest.mark.parametrize("policy", ["fifo", "lru"])
 HUGE = 2**63 - 1
@@ -33,15 +34,17 @@ def filled(capacity=6, dim=4, *, steps=3, **kwargs):
     return memory
 
 
+@each_backend
 @POLICIES
 @pytest.mark.parametrize("ratio", [0.2, 0.0, 1.0])
 @pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32])
-def test_update_and_lookup_are_those_of_the_list(policy, ratio, labels_dtype):
+def test_update_and_lookup_are_those_of_the_list(backend, policy, ratio, labels_dtype):
     memory = PrototypeMemory(10, 5, refresh_ratio=ratio, policy=policy, dtype=torch.float64)
     model = oracles.DictMemory(10, 5, ratio=ratio, policy=policy)
-    for e, labels in batches(12):
+    for e, labels in batches(4 if interpreted(backend) else 12):  # four batches fill it twice; the interpreter is slow
         labels = labels.clamp(max=2**31 - 1).to(labels_dtype)
-        targets = memory.update(e, labels)
+        with use_backend(backend):
+            targets = memory.update(e, labels)
         want = model.step(e, labels)
         assert targets.dtype == torch.int64
         assert torch.equal(targets, want)
@@ -52,14 +55,16 @@ def test_update_and_lookup_are_those_of_the_list(policy, ratio, labels_dtype):
         assert len(memory) == sum(i >= 0 for i in model.identity)
 
 
+@each_backend
 @POLICIES
-def test_weights_shape_the_prototypes(policy):
+def test_weights_shape_the_prototypes(backend, policy):
     memory = PrototypeMemory(20, 5, policy=policy, dtype=torch.float64)
     model = oracles.DictMemory(20, 5, policy=policy)
     generator = torch.Generator().manual_seed(4)
     for e, labels in batches(6):
         weights = torch.rand(9, generator=generator) * (torch.rand(9, generator=generator) < 0.7)
-        memory.update(e, labels, weights)
+        with use_backend(backend):
+            memory.update(e, labels, weights)
         model.step(e, labels, weights)
         model.equals(memory, rtol=0, atol=1e-7)  # the weights came in float32
 
@@ -231,11 +236,13 @@ def test_a_state_dict_of_another_capacity_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @POLICIES
-def test_every_dtype_keeps_unit_rows(dtype, policy):
+@each_backend
+def test_every_dtype_keeps_unit_rows(backend, dtype, policy):
     memory = PrototypeMemory(10, 16, dtype=dtype, policy=policy)
     model = oracles.DictMemory(10, 16, policy=policy)
-    for e, labels in batches(10, dim=16, dtype=dtype):
-        memory.update(e, labels)
+    for e, labels in batches(4 if interpreted(backend) else 10, dim=16, dtype=dtype):
+        with use_backend(backend):
+            memory.update(e, labels)
         model.step(e.double(), labels)
         # The model refreshes the rounded row, as the memory does.
         one_rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-14

@@ -219,6 +219,9 @@ def call(name: str, *args: Any) -> Any:
         for tensor in tensors:
             if tensor.requires_grad:
                 return function.apply(*args)
+    if torch._C._functorch.maybe_current_level() is not None:
+        # Within a function transform tensors are wrapped and own no memory: the dispatcher unwraps them.
+        return getattr(torch.ops.protomem, name).default(*args)
     return implementation(*args)
 
 

@@ -17,13 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATORS: dict[str, str] = {}  # operator -> the module in this folder that holds it
+# operator -> the module in this folder that holds it
+OPERATORS: dict[str, str] = {
+    "aggregate_prototypes": "aggregate_prototypes",
+    "aggregate_prototypes_backward": "aggregate_prototypes",
+    "enqueue_": "enqueue",
+    "hardest_negatives": "hardest_negatives",
+    "hardest_negatives_backward": "hardest_negatives",
+    "margin_softmax_logits": "margin_softmax_logits",
+    "margin_softmax_logits_backward": "margin_softmax_logits",
+    "negative_logsumexp": "negative_logsumexp",
+    "negative_logsumexp_backward_": "negative_logsumexp",
+}
 
 
 def _on_first_call(operator: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         module = importlib.import_module(f"protomem_kernels.triton.{OPERATORS[operator]}")
-        return getattr(module, operator)(*args)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device; nothing happens for CPU tensors
+            return getattr(module, operator)(*args)
 
     kernel.__name__ = operator
     return kernel

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from tests.mutants.faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)  # the interpreter writes wherever a faulty Triton kernel points
 IGNORE = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis")
 
 
@@ -42,13 +44,15 @@ def killed(fault: Fault) -> str:
             "no:cacheprovider",
             "--no-header",
             "--tb=no",
+            *(["-m", "triton"] if fault.in_triton else []),
             fault.tests,
         ]
         environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment["PROTOMEM_MUTANT"] = "1"
         environment["PROTOMEM_DISABLE_COMPILED"] = "1"  # the faults are in Python: the reference has to serve
+        environment["TRITON_INTERPRET"] = "1" if fault.in_triton else "0"
         done = subprocess.run(run, cwd=copy, env=environment, capture_output=True, text=True)
-    if done.returncode == 1:
+    if done.returncode in (1, *CRASHES):
         return "killed"
     return "SURVIVED" if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-300:]}"
 

@@ -14,6 +14,11 @@ class Fault(NamedTuple):
     after: str
     tests: str
 
+    @property
+    def in_triton(self) -> bool:
+        """Whether the fault is in a Triton kernel, which its tests run in the interpreter."""
+        return self.file.startswith("triton/")
+
 
 AGGREGATE = "reference/aggregate_prototypes.py"
 ENQUEUE = "reference/enqueue.py"
@@ -22,9 +27,23 @@ TOP = "reference/hardest_negatives.py"
 LOGITS = "reference/margin_softmax_logits.py"
 ROWS = "reference/_rows.py"
 LOSS = "ops/margin_softmax_loss.py"
+TRITON_TOP = "triton/hardest_negatives.py"
+TRITON_LOGITS = "triton/margin_softmax_logits.py"
+TRITON_COSINES = "triton/cosines.py"
+TRITON_ROWS = "triton/rows.py"
+TRITON_AGGREGATE = "triton/aggregate_prototypes.py"
+TRITON_ENQUEUE = "triton/enqueue.py"
+TRITON_SUM = "triton/negative_logsumexp.py"
+TRITON_TILES = "triton/tiles.py"
+TRITON_CHOSEN = "triton/chosen_rows.py"
 
 T_AGGREGATE = "tests/ops/test_aggregate_prototypes.py"
 T_ENQUEUE = "tests/ops/test_enqueue.py"
+T_BATCH = "tests/ops/test_triton_batch.py"
+T_SUM = f"{T_BATCH}::test_aggregate_in_small_blocks"
+T_WRITE = f"{T_BATCH}::test_enqueue_in_small_blocks"
+T_STREAM = "tests/ops/test_triton_stream.py"
+T_BLOCKS = f"{T_STREAM}::test_small_blocks"
 T_LOSS = "tests/ops/test_margin_softmax_loss.py"
 T_TOP = "tests/ops/test_hardest_negatives.py"
 T_LOGITS = "tests/ops/test_margin_softmax_logits.py"
@@ -111,6 +130,101 @@ FAULTS = [
         "victims.index_select(0, place[-1:].clamp(min=0))[0]",
         "victims[place[-1].clamp(min=0)]",
         "tests/ops/test_no_synchronisation.py",
+    ),
+    # Triton kernels of these two
+    Fault(
+        "last label not sorted", TRITON_ROWS, "mask=index < size, other=-1", "mask=index < size - 1, other=-1", T_SUM
+    ),
+    Fault(
+        "order not stable", TRITON_ROWS, "(others[None, :] < rows[:, None])", "(others[None, :] > rows[:, None])", T_SUM
+    ),
+    Fault(
+        "squares of rows underflow",
+        TRITON_ROWS,
+        "y = x / safe[:, None]",
+        "y = x",
+        f"{T_AGGREGATE}::test_huge_and_tiny_embeddings_keep_their_direction",
+    ),
+    Fault("mask at a segment's tail", TRITON_AGGREGATE, "keep = at < length\n", "keep = at <= length\n", T_SUM),
+    Fault(
+        "strides of the embeddings swapped",
+        TRITON_AGGREGATE,
+        "x = load_rows(embeddings_ptr, samples, columns, stride_embedding, stride_column,",
+        "x = load_rows(embeddings_ptr, samples, columns, stride_column, stride_embedding,",
+        T_SUM,
+    ),
+    Fault(
+        "weightless identities get nothing",
+        TRITON_AGGREGATE,
+        "weights = tl.where(mass > 0, weights, 1.0)",
+        "weights = tl.where(mass > 0, weights, 0.0)",
+        T_SUM,
+    ),
+    Fault(
+        "antipodal images kept",
+        TRITON_AGGREGATE,
+        "tl.constexpr(1e-6)",
+        "tl.constexpr(-1.0)",
+        f"{T_AGGREGATE}::test_almost_antipodal_images_have_no_direction",
+    ),
+    Fault("unused rows not written", TRITON_AGGREGATE, "sum_kernel[(max(size, rows),)]", "sum_kernel[(size,)]", T_SUM),
+    Fault("rows past the last written", TRITON_AGGREGATE, "& (number < rows)", "& (number <= rows)", T_SUM),
+    Fault("gradient not projected", TRITON_AGGREGATE, "(t - along[:, None] * x)", "(t)", T_SUM),
+    Fault(
+        "offset of an embedding in 32 bits",
+        "triton/tiles.py",
+        "offsets = rows.to(tl.int64)[:, None] * stride_row",
+        "offsets = rows.to(tl.int32)[:, None] * stride_row",
+        f"{T_AGGREGATE}::test_embeddings_past_two_to_the_31_elements",
+    ),
+    Fault(
+        "offset of a slot in 32 bits",
+        TRITON_ENQUEUE,
+        "row = slot * stride_slot",
+        "row = slot.to(tl.int32) * stride_slot",
+        f"{T_ENQUEUE}::test_rows_past_two_to_the_31_elements",
+    ),
+    Fault(
+        "off by one at the ring's wrap",
+        TRITON_ENQUEUE,
+        "cursor_ptr, (slot + 1) % capacity",
+        "cursor_ptr, slot + 1",
+        T_WRITE,
+    ),
+    Fault(
+        "off by one before the cursor",
+        TRITON_ENQUEUE,
+        "past + capacity, past",
+        "past + capacity - 1, past",
+        f"{T_BATCH}::test_enqueue_survives_a_memory_that_breaks_its_invariants",
+    ),
+    Fault("hits are victims", TRITON_ENQUEUE, "past < place + middle", "past < place + middle - 1", T_WRITE),
+    Fault("greatest identity never found", TRITON_ENQUEUE, "(middle < size)", "(middle < size - 1)", T_WRITE),
+    Fault(
+        "last slot never found", TRITON_ENQUEUE, "inside = slot < capacity\n", "inside = slot < capacity - 1\n", T_WRITE
+    ),
+    Fault("the last row of an identity leads", TRITON_ENQUEUE, "(leader < 0) & (usable != 0)", "usable != 0", T_WRITE),
+    Fault("hits leave by age", TRITON_ENQUEUE, "tl.where(hit, NEWEST, ", "tl.where(hit, stamp, ", T_WRITE),
+    Fault(
+        "strides of the memory swapped",
+        TRITON_ENQUEUE,
+        "slot * stride_slot + columns * stride_slot_column",
+        "slot * stride_slot_column + columns * stride_slot",
+        T_WRITE,
+    ),
+    Fault(
+        "kept rows scaled anew",
+        TRITON_ENQUEUE,
+        "mask=inside & changes)",
+        "mask=inside)",
+        f"{T_ENQUEUE}::test_refresh_ratio_zero_keeps_every_bit",
+    ),
+    Fault(
+        "rows read while being written",
+        TRITON_ENQUEUE,
+        "prototypes = prototypes.clone()",
+        "pass",
+        f"{T_BATCH}::test_enqueue_of_the_memory_s_own_rows",
     ),
     # negative_logsumexp
     Fault("target not excluded", SUM, "put_in_tile_(e, targets - start, 0.0)", "pass", T_LOSS),
@@ -313,5 +427,190 @@ FAULTS = [
         "shuffle = torch.randperm(len(catalogue.images), generator=generator)",
         "shuffle = torch.arange(len(catalogue.images))",
         T_SAMPLING,
+    ),
+    # hardest_negatives in Triton
+    Fault(
+        "ties as topk leaves them",
+        TRITON_TOP,
+        "    return columns\n",
+        "    return values.topk(k, dim=1).indices.sort(dim=1).values\n",
+        T_TOP,
+    ),
+    Fault(
+        "the result's ties reversed",
+        TRITON_TOP,
+        "values.gather(1, columns).sort(dim=1, descending=True, stable=True)",
+        "values.gather(1, columns).flip(1).sort(dim=1, descending=True, stable=True)",
+        T_TOP,
+    ),
+    Fault("one best tile too few", TRITON_TOP, "chosen = min(k, tiles)", "chosen = min(max(1, k - 1), tiles)", T_TOP),
+    Fault(
+        "the target is a negative", TRITON_TOP, "(lanes[None, :] != at_target[:, None])", "(lanes[None, :] >= 0)", T_TOP
+    ),
+    Fault("NaN is a cosine", TRITON_TOP, "negative & (values == values)", "negative", T_TOP),
+    Fault("broken embeddings found", TRITON_TOP, "torch.where(broken, -1, slots)", "slots", T_TOP),
+    Fault(
+        "strides of the gradient swapped",
+        TRITON_TOP,
+        "row * stride_grad_row + at.to(tl.int64) * stride_grad_column",
+        "row * stride_grad_column + at.to(tl.int64) * stride_grad_row",
+        T_TOP,
+    ),
+    Fault(
+        "scratch pieces overlap",
+        TRITON_TOP,
+        "rows.start + part.start, rows.start + part.stop",
+        "part.start, part.stop",
+        T_TOP,
+    ),
+    # cosines of a tile in Triton
+    Fault("two of three parts", TRITON_COSINES, "dot(middle, tl.trans(w), dot(low, tl.trans(w), acc))", "acc", T_TOP),
+    Fault(
+        "the first columns only",
+        TRITON_COSINES,
+        "columns = first + tl.arange(0, BLOCK_DEPTH)\n        x =",
+        "columns = tl.arange(0, BLOCK_DEPTH)\n        x =",
+        T_TOP,
+    ),
+    # margin_softmax_logits in Triton
+    Fault(
+        "empty slots have logits",
+        TRITON_LOGITS,
+        'tl.where(present[None, :], values, float("-inf"))',
+        "values",
+        T_LOGITS,
+    ),
+    Fault(
+        "the margin forgotten",
+        TRITON_LOGITS,
+        "slots[None, :] == targets[:, None], at",
+        "slots[None, :] < 0, at",
+        T_LOGITS,
+    ),
+    Fault(
+        "the last column not written",
+        TRITON_LOGITS,
+        "mask=rows_kept[:, None] & (slots < capacity)[None, :]",
+        "mask=rows_kept[:, None] & (slots < capacity - 1)[None, :]",
+        T_LOGITS,
+    ),
+    Fault("the target's slope", TRITON_LOGITS, "& (slots[None, :] + first != targets[:, None])", "", T_LOGITS),
+    Fault(
+        "the target sought in its chunk",
+        TRITON_LOGITS,
+        "slots[None, :] + first != targets",
+        "slots[None, :] != targets",
+        T_LOGITS,
+    ),
+    Fault("later chunks begin again", TRITON_LOGITS, "CONTINUES=first > 0", "CONTINUES=False", T_LOGITS),
+    Fault(
+        "strides of H swapped",
+        TRITON_LOGITS,
+        "rows.to(tl.int64)[:, None] * stride_row + slots[None, :] * stride_column",
+        "rows.to(tl.int64)[:, None] * stride_column + slots[None, :] * stride_row",
+        T_LOGITS,
+    ),
+    Fault(
+        "broken embeddings passed on",
+        TRITON_LOGITS,
+        "torch.isfinite(x).all(dim=1)",
+        "torch.isfinite(x).any(dim=1) | True",
+        T_LOGITS,
+    ),
+    Fault("gradient of unit rows", TRITON_LOGITS, "g - tl.sum(g * unit, axis=1)[:, None] * unit", "g", T_LOGITS),
+    # negative_logsumexp in Triton
+    Fault(
+        "target not excluded by the Triton kernel",
+        TRITON_SUM,
+        'y = tl.where(present[None, :] & (slots[None, :] != targets[:, None]), y, float("-inf"))',
+        'y = tl.where(present[None, :], y, float("-inf"))',
+        T_BLOCKS,
+    ),
+    Fault(
+        "slots past the end of the memory seen",
+        TRITON_TILES,
+        "present = slots < capacity\n",
+        "present = slots < capacity + 1\n",
+        T_BLOCKS,
+    ),
+    Fault(
+        "samples past the end of the batch in the prototypes' gradient",
+        TRITON_SUM,
+        "stacked_keep = stacked < batch\n        stacked += line // BLOCK_ROWS * batch\n        logits",
+        "stacked_keep = stacked >= 0\n        stacked += line // BLOCK_ROWS * batch\n        logits",
+        T_BLOCKS,
+    ),
+    Fault(
+        "strides of the embeddings swapped",
+        TRITON_SUM,
+        "x = load_rows(x_ptr, stacked, depth, stride_x_row, stride_x_column, stacked_keep, dim)\n\n",
+        "x = load_rows(x_ptr, stacked, depth, stride_x_column, stride_x_row, stacked_keep, dim)\n\n",
+        T_BLOCKS,
+    ),
+    Fault(
+        "last split dropped",
+        TRITON_SUM,
+        "for split in range(splits):\n        line = tl.cast(split, tl.int64) * batch + rows\n        weight",
+        "for split in range(splits - 1):\n        line = tl.cast(split, tl.int64) * batch + rows\n        weight",
+        T_BLOCKS,
+    ),
+    Fault(
+        "splits added without their maxima",
+        TRITON_SUM,
+        'weight = tl.exp2(tl.load(maxima_ptr + line, mask=keep, other=float("-inf")) - shift)',
+        'weight = tl.exp2(tl.load(maxima_ptr + line, mask=keep, other=float("-inf")) * 0)',
+        T_BLOCKS,
+    ),
+    Fault(
+        "moment not rescaled when the maximum moves",
+        TRITON_SUM,
+        "moment = moment * rescale[:, None]",
+        "moment = moment",
+        T_BLOCKS,
+    ),
+    Fault(
+        "hard form's slope missing in the embeddings' gradient",
+        TRITON_SUM,
+        "            if threshold_ptr is not None:\n                e = e * slope\n            if inverse_ptr",
+        "            if inverse_ptr",
+        T_BLOCKS,
+    ),
+    Fault(
+        "hard form's slope missing in the prototypes' gradient",
+        TRITON_SUM,
+        "        if threshold_ptr is not None:\n            p = p * slope\n        targets",
+        "        targets",
+        T_BLOCKS,
+    ),
+    Fault(
+        "what the halves leave of x not counted",
+        TRITON_SUM,
+        "n += tl.sum((x - high / LIFT - low / LIFT) * o, axis=1)",
+        "pass",
+        T_BLOCKS,
+    ),
+    Fault(
+        "tile offset in 32 bits",
+        TRITON_TILES,
+        "columns.to(tl.int64)[None, :] * stride_column\n",
+        "columns.to(tl.int64)[None, :] * stride_column\n    offsets = offsets.to(tl.int32)\n",
+        f"{T_STREAM}::test_rows_past_two_to_the_31_elements",
+    ),
+    Fault(
+        "products of bfloat16 bits",
+        TRITON_TILES,
+        "        a = a.to(tl.float32)\n        b = b.to(tl.float32)\n",
+        "        a = a\n        b = b\n",
+        f"{T_STREAM}::test_the_product_helper",
+    ),
+    Fault(
+        "only the first entry of a chosen slot counts",
+        TRITON_CHOSEN,
+        "while current == slot:",
+        "while (current == slot) & (position == entry):",
+        f"{T_LOSS}::test_gradcheck_of_the_heavy_operator",
+    ),
+    Fault(
+        "row's own part left in its gradient", TRITON_SUM, "c = along * inverse / scale", "c = along * 0.0", T_BLOCKS
     ),
 ]

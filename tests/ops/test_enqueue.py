@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import protomem_kernels as pmk
 from protomem_kernels.ops.enqueue import POLICIES, find_slots
-from tests.ops.cases import AVAILABLE, each_backend, strided
+from tests.ops.cases import PLACES, each_backend, far_apart, interpreted, strided
 
 LAST = 2**63 - 1
 each_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -164,15 +164,19 @@ class MemoryMachine(RuleBasedStateMachine):
             assert norm == pytest.approx(1, abs=EPSILON[self.dtype]) if c >= 0 else norm == 0
 
 
-def machine_test(backend: str, policy: str) -> type:
-    machine = type(f"{backend}_{policy}", (MemoryMachine,), {"backend": backend, "policy": policy})
+def machine_test(place: str, policy: str) -> type:
+    backend, marks = PLACES[place]
+    machine = type(f"{place}_{policy}", (MemoryMachine,), {"backend": backend, "policy": policy})
     case: type = machine.TestCase
-    case.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+    case.pytestmark = marks
+    # Triton's interpreter needs some 20 ms per row written: fewer and shorter histories there.
+    examples, steps = (20, 20) if interpreted(backend) else (200, 50)
+    case.settings = settings(max_examples=examples, stateful_step_count=steps, deadline=None)
     return case
 
 
 globals().update(
-    {f"TestMemory_{backend}_{policy}": machine_test(backend, policy) for backend in AVAILABLE for policy in POLICIES}
+    {f"TestMemory_{place}_{policy}": machine_test(place, policy) for place in PLACES for policy in POLICIES}
 )
 
 
@@ -229,10 +233,12 @@ def test_lru_takes_empty_slots_first_whatever_the_stamps_say(backend: str) -> No
 
 @each_backend
 @each_policy
-def test_refresh_ratio_zero_keeps_every_bit(backend: str, policy: str) -> None:
-    state = pmk.MemoryState.empty(5, 7, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_refresh_ratio_zero_keeps_every_bit(backend: str, policy: str, dtype: torch.dtype) -> None:
+    state = pmk.MemoryState.empty(5, 7, dtype=dtype)
     with pmk.use_backend(backend):
         pmk.enqueue_(state, torch.randn(5, 7), torch.arange(5), policy=policy)
+        state.prototypes.mul_(1.25)  # scaling such rows anew would show
         before = state.prototypes.clone()
         pmk.enqueue_(state, torch.randn(5, 7), torch.arange(5), refresh_ratio=0.0, policy=policy)
     assert torch.equal(state.prototypes, before)
@@ -243,14 +249,16 @@ def test_refresh_ratio_zero_keeps_every_bit(backend: str, policy: str) -> None:
 @each_policy
 def test_large_strided_int32_and_repeatable(backend: str, policy: str) -> None:
     g = torch.Generator().manual_seed(0)
+    # Triton's interpreter needs some 20 ms per row written; test_triton_batch.py walks its loops with smaller blocks.
+    batch, capacity = (48, 190) if interpreted(backend) else (256, 1000)
     runs = []
     for _ in range(2):
         g.manual_seed(0)
-        state = pmk.MemoryState.empty(1000, 16)
-        model = Model(1000, policy)
+        state = pmk.MemoryState.empty(capacity, 16)
+        model = Model(capacity, policy)
         for _ in range(6):
-            rows = torch.randn(256, 16, generator=g)
-            identities = torch.randint(-1, 1500, (256,), generator=g, dtype=torch.int32)
+            rows = torch.randn(batch, 16, generator=g)
+            identities = torch.randint(-1, capacity * 3 // 2, (batch,), generator=g, dtype=torch.int32)
             with pmk.use_backend(backend):
                 got = pmk.enqueue_(state, strided(rows), strided(identities), policy=policy)
             assert (got.slots.tolist(), got.evicted.tolist()) == model.enqueue(rows.tolist(), identities.tolist(), 0.2)
@@ -258,6 +266,21 @@ def test_large_strided_int32_and_repeatable(backend: str, policy: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     expected = torch.tensor([slot.row or [0.0] * 16 for slot in model.slots])
     torch.testing.assert_close(state.prototypes, expected, rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+@each_policy
+def test_rows_past_two_to_the_31_elements(backend: str, policy: str) -> None:
+    near = pmk.MemoryState.empty(9, 3, dtype=torch.bfloat16)
+    far = pmk.MemoryState(far_apart(near.prototypes), *(tensor.clone() for tensor in near[1:]))
+    for identities in ([1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 10], [9, 2]):
+        rows = torch.randn(len(identities), 3)
+        for state, served_by in ((near, "reference"), (far, backend)):
+            with pmk.use_backend(served_by):
+                pmk.enqueue_(state, rows, torch.tensor(identities), policy=policy)
+        assert torch.equal(near.identities, far.identities)
+        torch.testing.assert_close(far.prototypes, near.prototypes, rtol=2e-2, atol=2e-3)
+    assert far.prototypes[-1].any()
 
 
 @each_backend

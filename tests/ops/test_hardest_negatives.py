@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import protomem_kernels as pmk
-from tests.ops.cases import each_backend, each_dtype, each_shape, strided, unit
+from tests.ops.cases import AVAILABLE, each_backend, each_dtype, each_shape, strided, unit
 from tests.ops.test_margin_softmax_loss import inputs
 
 
@@ -80,6 +80,74 @@ def test_ties_across_tiles(backend: str) -> None:
         cosines, slots = pmk.hardest_negatives(torch.eye(2)[:1], w, torch.tensor([4]), k=5)
     assert slots.tolist() == [[0, 2, 6, 8, 10]]
     assert cosines.tolist() == [[1.0] * 5]
+
+
+@each_backend
+@pytest.mark.parametrize("k", [20, 300])
+def test_many_ties_at_the_edge_of_the_list(backend: str, k: int) -> None:
+    """Fewer and more than there are tiles of 128 slots."""
+    generator = torch.Generator().manual_seed(k)
+    w = torch.eye(4)[torch.randint(4, (3000,), generator=generator)]
+    w[torch.randint(3000, (70,), generator=generator)] *= -1
+    targets, occupied = torch.tensor([0, -1, 17]), torch.rand(3000, generator=generator) < 0.5
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(torch.eye(4)[:3], w, targets, k=k, occupied=occupied)
+    values, expected = model(torch.eye(4)[:3] @ w.T, targets, occupied, k)
+    assert slots.tolist() == expected
+    assert cosines.tolist() == values
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+def test_each_of_the_best_in_a_tile_of_its_own(backend: str, normalize: bool) -> None:
+    w = torch.zeros(128 * 12, 3, dtype=torch.float64)
+    w[:, 1] = 1
+    best = torch.arange(11) * 128 + torch.arange(11) * 11
+    w[best, 0] = 1 - torch.arange(11, dtype=torch.float64) / 100
+    w[best, 1] = 0.1
+    with pmk.use_backend(backend):
+        _, slots = pmk.hardest_negatives(torch.eye(3)[:1].double(), w, k=11, normalize_prototypes=normalize)
+    assert slots.tolist() == [best.tolist()]
+
+
+@each_backend
+@each_dtype
+def test_long_embeddings(backend: str, dtype: torch.dtype) -> None:
+    x, w, targets, occupied = inputs((70, 600, 300), dtype)
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(x, w, targets, k=4, occupied=occupied)
+    values, expected = model(unit(x.double()) @ w.double().T, targets, occupied, 4)
+    assert slots.tolist() == expected
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(cosines.double(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_broken_prototype_is_never_chosen(backend: str, normalize: bool) -> None:
+    x, w, targets, _ = inputs((3, 300, 4))
+    w[7, 2], w[200, 0] = float("nan"), float("nan")
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(x, w, targets, k=300, normalize_prototypes=normalize)
+    for row, target in zip(slots.tolist(), targets.tolist(), strict=True):
+        assert set(row) == set(range(300)) - {7, 200, target} | {-1}
+    assert not cosines.isnan().any()
+
+
+@pytest.mark.triton
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton's interpreter is not asked for (TRITON_INTERPRET=1)")
+def test_scratch_space_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch taken in pieces of 64 rows, as where the maxima or the candidates of all rows are too many."""
+    from protomem_kernels.triton import hardest_negatives
+
+    x, w, targets, occupied = inputs((150, 700, 6), torch.float32)
+    results = []
+    for size in (hardest_negatives.SCRATCH_BYTES, 1):
+        monkeypatch.setattr(hardest_negatives, "SCRATCH_BYTES", size)
+        with pmk.use_backend("triton"):
+            results.append(pmk.hardest_negatives(x, w, targets, k=3, occupied=occupied))
+    assert torch.equal(results[0].cosines, results[1].cosines)
+    assert torch.equal(results[0].slots, results[1].slots)
 
 
 @each_backend

@@ -93,6 +93,47 @@ def test_cross_entropy_equals_the_loss(backend: str, margin: object, mining: obj
 
 
 @each_backend
+@pytest.mark.parametrize("form", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kinds", ["float64 float64", "float32 float64", "float32 float32"])
+def test_many_tiles_equal_the_reference(
+    backend: str, form: bool, normalize: bool, kinds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one tile of samples, of slots and of columns, with a broken sample and rubbish in empty slots."""
+    kind, memory_kind = (getattr(torch, name) for name in kinds.split())
+    x, w, targets, occupied = inputs((300, 1100, 300), seed=3)
+    x, w = functional.normalize(x).to(kind), (w * 1.3 if normalize else w).to(memory_kind)
+    x[5] = float("nan")
+    w[~occupied] = float("inf")
+    occupied[targets[3]] = False
+    generator = torch.Generator().manual_seed(2)
+    upstream, z = torch.randn(300, 1100, generator=generator, dtype=kind), torch.linspace(-9, 9, 300, dtype=kind)
+    tau = torch.linspace(-0.1, 0.1, 300, dtype=kind) if form else None
+    coefficients = torch.tensor([1.2, 0.2, 0.5], dtype=kind) if form else None
+    if backend == "triton":
+        from protomem_kernels.triton import margin_softmax_logits
+
+        monkeypatch.setattr(margin_softmax_logits, "SCRATCH_BYTES", 1)  # the memory in as many chunks as can be
+
+    def run(name: str, dtype: torch.dtype) -> list[Tensor]:
+        x_, w_, z_, g_, tau_, coefficients_ = (
+            None if t is None else t.to(dtype if dtype == torch.float64 else t.dtype)
+            for t in (x, w, z, upstream, tau, coefficients)
+        )
+        form_ = (tau_, coefficients_, 12.0, normalize)
+        with pmk.use_backend(name):
+            logits = torch.ops.protomem.margin_softmax_logits(x_, w_, targets, z_, occupied, *form_)
+            grads = torch.ops.protomem.margin_softmax_logits_backward(g_, x_, w_, targets, occupied, *form_, True)
+        assert logits[5][occupied].isnan().sum() >= occupied.sum() - 1  # its target's logit was given
+        logits[5], grads[0][5] = 0, 0  # what else is in its logits, and its own gradient, may be any non-finite number
+        return [logits, *grads]
+
+    truth, peer = run("reference", torch.float64), run("reference", kind)
+    for ours, theirs, right in zip(run(backend, kind), peer, truth, strict=True):
+        assert_as_close_as(ours, theirs, right, tiny=1e-12 if kind == torch.float64 else 1e-7)
+
+
+@each_backend
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradcheck(backend: str, normalize: bool) -> None:
     x, w, targets, _ = inputs((4, 7, 3), seed=7)

@@ -426,7 +426,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
     results = []
     for enabled in (False, True):
         xx, ww = x.clone().requires_grad_(), w.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), pmk.use_backend(backend):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=enabled), pmk.use_backend(backend):
             loss = pmk.margin_softmax_loss(xx, ww, targets)
             hardest = pmk.hardest_negatives(xx, ww, k=3).cosines
         (loss + hardest.sum()).backward()

@@ -1,20 +1,47 @@
 """Nothing on a GPU's path may read a value back to the host. No GPU is needed to see it.
 
 Tensors without data (device "meta") raise at every ``.item()``, ``nonzero``, ``unique``, boolean index or branch on a
-value, and take every branch that is not the CPU's: whatever runs through has synchronised nowhere.
+value, and take every branch that is not the CPU's: whatever runs through has synchronised nowhere. A copy from the host
+synchronises too and raises nowhere; ``NoUploads`` stands guard against those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import protomem_kernels as pmk
 from protomem_kernels import reference
 
 B, P, M, D, K = 6, 4, 300, 5, 3
 DEVICE = "meta"
+
+
+class NoUploads(TorchFunctionMode):
+    """Refuse what would copy a value of the host, a Python number or a CPU tensor, to the device."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor)
+    MOVERS = (Tensor.to, Tensor.type_as, Tensor.copy_)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.device.type == DEVICE:
+            source = args[-1] if func is Tensor.copy_ or func is Tensor.new_tensor else args[0] if args else None
+            on_the_host = not (isinstance(source, Tensor) and source.device.type == DEVICE)
+            assert not (func in self.MAKERS + self.MOVERS and on_the_host), f"{func.__name__} copies from the host"
+        return result
+
+
+@pytest.fixture(autouse=True)
+def no_uploads() -> Iterator[None]:
+    """Have every test of this file run under the guard."""
+    with NoUploads():
+        yield
 
 
 def kernel(name: str, *args: object) -> tuple[Tensor, ...]:
@@ -36,6 +63,23 @@ def test_the_instrument_notices() -> None:
             True,
             None,
         )
+
+
+def test_the_guard_notices() -> None:
+    there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+    for upload in (
+        lambda: torch.tensor(0.5, device=DEVICE),
+        lambda: torch.as_tensor(0.5, device=DEVICE),
+        lambda: there.new_tensor([1.0, 2.0]),
+        lambda: here.to(DEVICE),
+        lambda: here.to(there),
+        lambda: there.copy_(here),
+    ):
+        with pytest.raises(AssertionError, match="copies from the host"):
+            upload()
+    there.copy_(there.double()).to(torch.float64)
+    torch.as_tensor(there, dtype=torch.float64)
+    torch.full((2,), 0.5, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -87,8 +131,9 @@ def test_every_kernel(dtype: torch.dtype, normalize: bool) -> None:
     ids=lambda part: type(part).__name__,
 )
 def test_a_whole_training_step(mode: str, margin: object, mining: object, quality: object) -> None:
-    loss_fn = pmk.PrototypeMemoryLoss(D, M, margin=margin, mining=mining, quality=quality, prototype_gradient=mode)
-    loss_fn.to(DEVICE)
+    with torch._C.DisableTorchFunction():  # moving the head to the device happens once
+        loss_fn = pmk.PrototypeMemoryLoss(D, M, margin=margin, mining=mining, quality=quality, prototype_gradient=mode)
+        loss_fn.to(DEVICE)
     optimizer = torch.optim.SGD([*loss_fn.parameters(), torch.zeros(1, device=DEVICE)], lr=0.1, momentum=0.9)
     if mode == "memory":
         loss_fn.attach_optimizer(optimizer)
