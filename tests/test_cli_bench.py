@@ -140,6 +140,36 @@ def test_without_the_suite_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp
     assert "run protomem bench from a checkout" in result.output
 
 
+def test_static_writes_a_report_into_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The harness itself is tested in tests/static; here a stand-in takes its place."""
+    harness = tmp_path / "benchmarks" / "static"
+    harness.mkdir(parents=True)
+    (tmp_path / "benchmarks" / "conftest.py").touch()
+    write = "import os, pathlib, sys; assert 'TRITON_INTERPRET' not in os.environ\n"
+    (harness / "__main__.py").write_text(write + "pathlib.Path(sys.argv[-1], 'static.md').write_text('counted')")
+    monkeypatch.setattr(command, "SUITE", tmp_path / "benchmarks")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert invoke("--static").exit_code == 0
+    assert (tmp_path / "docs" / "static.md").read_text() == "counted"
+    assert invoke("--static", "--output", str(tmp_path / "out")).exit_code == 0
+    assert (tmp_path / "out" / "static.md").read_text() == "counted"
+    (harness / "__main__.py").write_text("raise ValueError('no such kernel')")
+    result = invoke("--static")
+    assert result.exit_code == 2
+    assert "the static report failed: ValueError: no such kernel" in result.output
+
+
+def test_static_without_the_suite_or_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "triton" else name)
+    result = invoke("--static", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "needs triton: pip install triton" in result.output
+    monkeypatch.setattr(command, "SUITE", tmp_path / "benchmarks")
+    result = invoke("--static", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "run protomem bench from a checkout" in result.output
+
+
 def test_without_pytest_benchmark_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "pytest_benchmark" else name)
     result = invoke("--output", str(tmp_path))
@@ -150,8 +180,11 @@ def test_without_pytest_benchmark_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quick", "--full"], "exclude each other"),
+        (["--quick", "--full"], "--quick and --full exclude each other"),
+        (["--full", "--static"], "--full and --static exclude each other"),
         (["--backend", "abacus"], "backend must be one of"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--quick", "--dtype", "bfloat16"], "the figures of --quick are those of float32"),
         (["--backend", "triton"], "backend 'triton' is not available"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
     ],
@@ -178,8 +211,10 @@ def test_an_unknown_selection_lists_what_there_is(select: str, tmp_path: Path) -
 
 
 def test_the_suite_runs(tmp_path: Path) -> None:
-    result = invoke("--select", "logits and M300", "--backend", "reference", "--output", str(tmp_path))
+    options = ["--backend", "reference", "--dtype", "bfloat16", "--output", str(tmp_path)]
+    result = invoke("--select", "logits and M300", *options)
     assert result.exit_code == 0, result.output
+    assert "bfloat16" in result.output
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [row["peer"] for row in rows] == ["eager", "protomem-reference"]
     for row in rows:

@@ -12,17 +12,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import protomem_kernels as pmk
 from protomem_kernels.cli.bench_plots import draw_plots
 from protomem_kernels.cli.bench_results import Results, machine, read_results, verdict, write_results
 from protomem_kernels.cli.errors import CommandError, errors_in_one_line
+from protomem_kernels.cli.pytest_runs import NOTHING_COLLECTED, USAGE_ERROR, run_pytest
 from protomem_kernels.cli.train import pick_device
 
 SUITE = Path(pmk.__file__).parents[1] / "benchmarks"
-LOG, NOTHING_COLLECTED, USAGE_ERROR = "pytest.log", 5, 4  # the last two are pytest's exit codes
+LOG = "pytest.log"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @errors_in_one_line
@@ -36,35 +37,51 @@ def bench(
     select: Annotated[
         str, typer.Option(help="Only benchmarks whose name contains this, e.g. enqueue or 'forward and eager'.")
     ] = "",
-    output: Annotated[Path, typer.Option(help="Folder for results.csv, results.json and plots.")] = Path("runs/bench"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what is written. [dim]Default: runs/bench; with --static docs of the checkout.[/]"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16: of the embeddings and the prototypes.")
+    ] = "float32",
     backend: Annotated[
         str,
         typer.Option(help="Measure this backend of ours alone. [dim]Default: all, or the one that dispatch takes.[/]"),
     ] = "",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0: as many as PyTorch sees fit.")] = 0,
+    static: Annotated[
+        bool, typer.Option("--static", help="Measure nothing: compile every Triton kernel for real GPUs and count.")
+    ] = False,
 ) -> None:
     """Measure every operator against its peers, in units of G: the time of the bare matrix product of the same sizes.
 
     Without --quick about three quarters of an hour on two cores. With --quick the exit code is 1 if a figure is not
     what it must be.
     """
-    if quick and full:
-        raise CommandError("--quick and --full exclude each other")
+    chosen = [name for name, given in {"--quick": quick, "--full": full, "--static": static}.items() if given]
+    if len(chosen) > 1:
+        raise CommandError(f"{' and '.join(chosen)} exclude each other")
+    if static:
+        _static_report(_writable(output or SUITE.parent / "docs"))
+        return
     device = str(pick_device(device))
+    if dtype not in DTYPES:
+        raise CommandError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if quick and dtype != DTYPES[0]:
+        raise CommandError(f"the figures of --quick are those of {DTYPES[0]}; leave --dtype out")
     _check_backend(backend)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to {output}: {error.strerror or error}") from error
-    options = ["--device", device, "--threads", str(threads)]
+    output = _writable(output or Path("runs/bench"))
+    options = ["--device", device, "--threads", str(threads), "--dtype", dtype]
     options += ["--backend", backend] if backend else []
     options += ["--sizes", "full"] if full else []
     options += ["-k", select] if select else []
 
     console = Console()
     _run_suite("quick.py" if quick else "", options, output, select, console)
-    results = read_results(output, machine(device, threads))
+    results = read_results(output, machine(device, threads) | {"dtype": dtype})
     write_results(output, results)
     for table in [_figures(results)] if quick else _tables(results):
         console.print(table)
@@ -79,6 +96,34 @@ def bench(
         raise typer.Exit(1)
 
 
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _check_suite() -> None:
+    if not (SUITE / "conftest.py").exists():
+        raise CommandError(
+            f"the benchmark suite is not here ({SUITE}): it comes with the repository, not with the installed package; "
+            "run protomem bench from a checkout that was installed with pip install -e '.[train,bench]'"
+        )
+
+
+def _static_report(folder: Path) -> None:
+    """Run the compile harness in a process without the interpreter; it writes the report into ``folder``."""
+    _check_suite()
+    if find_spec("triton") is None:
+        raise CommandError("protomem bench --static needs triton: pip install triton (it exists for Linux)")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.static", "--output", str(folder.resolve())]
+    done = subprocess.run(command, cwd=SUITE.parent, env=environment, text=True, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise CommandError(f"the static report failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+
 def _check_backend(backend: str) -> None:
     if backend:
         try:
@@ -90,42 +135,21 @@ def _check_backend(backend: str) -> None:
 
 def _run_suite(file: str, options: list[str], output: Path, select: str, console: Console) -> None:
     """Run the suite (or one file of it) in a pytest of its own; its report, figures and log are left in ``output``."""
-    if not (SUITE / "conftest.py").exists():
-        raise CommandError(
-            f"the benchmark suite is not here ({SUITE}): it comes with the repository, not with the installed package; "
-            "run protomem bench from a checkout that was installed with pip install -e '.[train,bench]'"
-        )
+    _check_suite()
     missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if missing:
         raise CommandError(f"protomem bench needs {', '.join(missing)}: pip install 'protomem-kernels[train,bench]'")
     here = output.resolve()
     for name in ("benchmark.json", "junit.xml"):
         (here / name).unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(SUITE / file), "-v", "--no-header", "-p", "no:cacheprovider"]
-    command += ["--benchmark-quiet", f"--benchmark-json={here / 'benchmark.json'}", f"--junit-xml={here / 'junit.xml'}"]
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    with (
-        (output / LOG).open("w", encoding="utf-8") as log,
-        console.status("collecting the benchmarks ...") as status,
-        subprocess.Popen(
-            [*command, *options],
-            cwd=SUITE.parent,
-            env=ours | {"PYTHONUNBUFFERED": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            if "::" in line:
-                status.update(escape(" ".join(line.split())))
-    if process.returncode == NOTHING_COLLECTED or (select and process.returncode == USAGE_ERROR):
+    arguments = [str(SUITE / file), "--benchmark-quiet"]
+    arguments += [f"--benchmark-json={here / 'benchmark.json'}", f"--junit-xml={here / 'junit.xml'}", *options]
+    code = run_pytest(arguments, SUITE.parent, output / LOG, console, "collecting the benchmarks ...")
+    if code == NOTHING_COLLECTED or (select and code == USAGE_ERROR):
         files = ", ".join(sorted(path.stem.removeprefix("bench_") for path in SUITE.glob("bench_*.py")))
         raise CommandError(f"no benchmark matches --select {select!r}; there are {files} (all names: {output / LOG})")
-    if process.returncode not in (0, 1):
-        raise CommandError(f"pytest ended with exit code {process.returncode}; see {output / LOG}")
+    if code not in (0, 1):
+        raise CommandError(f"pytest ended with exit code {code}; see {output / LOG}")
 
 
 def _figures(results: Results) -> Table:
@@ -176,4 +200,5 @@ def _tables(results: Results) -> list[Table]:
 
 def _title(results: Results) -> str:
     of = results.machine
-    return f"[dim]{of['gpu'] or of['cpu']}, {of['threads']} threads, {of['capability']}, torch {of['torch']}[/]"
+    where = f"{of['gpu'] or of['cpu']}, {of['threads']} threads, {of['capability']}"
+    return f"[dim]{where}, {of['dtype']}, torch {of['torch']}[/]"

@@ -1,0 +1,225 @@
+"""Compile a kernel for an architecture, with no GPU, and count what the compiler made of it.
+
+A kernel is compiled as Triton's launcher would compile it for contiguous tensors of an even size: pointers lie on 16
+bytes, and what the specimen calls aligned is a multiple of 16 where the embedding size is one. The counts come from the
+machine code, through the tools in Triton's wheel: what ``cuobjdump`` says about resources, and the instructions that
+``nvdisasm`` lists. Triton keeps what it has compiled in its own cache, so a second run is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from protomem_kernels import triton as kernels
+from protomem_kernels.triton.specimens import Specimen
+
+TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
+LOCAL = re.compile(r"(LDL|STL)\b")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+class Job(NamedTuple):
+    """The kernels of a module, all or the matrix-bound ones, for one architecture, dtype and embedding size."""
+
+    module: str
+    arch: int
+    dtype: str
+    dim: int
+    matrix_bound_only: bool = False
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one kernel compiled to, and what its tiles do."""
+
+    module: str
+    name: str
+    arch: int
+    dtype: str
+    dim: int
+    warps: int
+    stages: int
+    registers: int  # per thread
+    stack: int  # bytes of local memory per thread
+    spills: int  # instructions that load from or store to local memory
+    shared: int  # bytes per block, without the system's own
+    tensor_columns: int  # of tensor memory, sm_100
+    tensor_cores: dict[str, int]  # instruction -> how often it stands in the code
+    exponentials: int  # instructions
+    instructions: int
+    wide_offsets: bool  # whether no stride or large size is multiplied in 32 bits
+    matrix_bound: bool
+    bytes_per_tile: int
+    operations_per_tile: int
+    tiles: int
+    least_bytes: int
+
+
+def kernel_modules() -> list[str]:
+    """Return the modules of the package that describe kernels; none is imported."""
+    return [
+        f"{kernels.__name__}.{file.stem}"
+        for file in sorted(Path(kernels.__file__).parent.glob("*.py"))
+        if "\ndef specimens(" in file.read_text(encoding="utf-8")
+    ]
+
+
+def count_all(jobs: Iterable[Job], processes: int = 2) -> list[Count]:
+    """Return the counts of every job, in order; each job runs in one of several fresh processes."""
+    jobs = list(jobs)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return [count for counts in pool.map(count_job, jobs) for count in counts]
+
+
+def count_job(job: Job) -> list[Count]:
+    """Return the counts of one job, in this process."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile")
+    module = importlib.import_module(job.module)
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    specimens: list[Specimen] = module.specimens(job.arch, dtype, job.dim)
+    return [_count(job, specimen) for specimen in specimens if specimen.matrix_bound or not job.matrix_bound_only]
+
+
+def _count(job: Job, specimen: Specimen) -> Count:
+    compiled = compile_for(specimen, job.arch, job.dim)
+    registers, stack = resources(compiled.asm["cubin"])
+    codes = instructions(compiled.asm["cubin"])
+    matching = partial(_matching, codes)
+    return Count(
+        module=job.module,
+        arch=job.arch,
+        dtype=job.dtype,
+        dim=job.dim,
+        name=specimen.name,
+        warps=compiled.metadata.num_warps,
+        stages=specimen.stages,
+        registers=registers,
+        stack=stack,
+        spills=sum(matching(LOCAL).values()),
+        shared=compiled.metadata.shared,
+        tensor_columns=compiled.metadata.tmem_size or 0,
+        tensor_cores=matching(TENSOR_CORES),
+        exponentials=sum(matching(re.compile(r"MUFU\.EX2")).values()),
+        instructions=sum(codes.values()),
+        wide_offsets=not narrow_products(any_strides(specimen, job.arch)),
+        matrix_bound=specimen.matrix_bound,
+        bytes_per_tile=specimen.bytes_per_tile,
+        operations_per_tile=specimen.operations_per_tile,
+        tiles=specimen.tiles,
+        least_bytes=specimen.least_bytes,
+    )
+
+
+def compile_for(specimen: Specimen, arch: int, dim: int) -> Any:
+    """Return Triton's compiled kernel."""
+    import triton
+
+    target, options = _target(specimen, arch)
+    return triton.compile(_source(specimen, dim), target=target, options=options)
+
+
+def any_strides(specimen: Specimen, arch: int) -> str:
+    """Return Triton's intermediate code of the kernel for tensors of any layout: no stride is known to be 1."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    target, given = _target(specimen, arch)
+    strides = [name for name, value in specimen.constexprs.items() if "stride" in name and value == 1]
+    free = replace(
+        specimen,
+        signature=specimen.signature | dict.fromkeys(strides, "i32"),
+        constexprs={name: value for name, value in specimen.constexprs.items() if name not in strides},
+    )
+    source, backend = _source(free, dim=1), make_backend(target)
+    options = backend.parse_options(given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](source.make_ir(target, options, functions, modules, context), {}))
+
+
+def _target(specimen: Specimen, arch: int) -> tuple[Any, dict[str, Any]]:
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": specimen.warps, "num_stages": specimen.stages, "enable_fp_fusion": True}
+    return GPUTarget("cuda", arch, 32), options
+
+
+def _source(specimen: Specimen, dim: int) -> Any:
+    from triton.compiler import ASTSource
+
+    signature = {name: specimen.signature.get(name, "constexpr") for name in specimen.kernel.arg_names}
+    multiples = [
+        place
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name in specimen.aligned and kind != "constexpr" and dim % 16 == 0)
+    ]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in multiples}
+    return ASTSource(specimen.kernel, signature, specimen.constexprs, attributes)
+
+
+def _matching(codes: Counter[str], pattern: re.Pattern[str]) -> dict[str, int]:
+    return {code: times for code, times in sorted(codes.items()) if pattern.match(code)}
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return the registers and the bytes of local memory that a thread takes."""
+    found = RESOURCES.search(_tool("cuobjdump", ["-res-usage"], cubin))
+    assert found is not None
+    registers, stack, _, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def instructions(cubin: bytes) -> Counter[str]:
+    """Return how often every instruction stands in the machine code."""
+    return Counter(INSTRUCTION.findall(_tool("nvdisasm", ["-c"], cubin)))
+
+
+def _tool(name: str, options: Sequence[str], cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [getattr(knobs.nvidia, name).path, *options, str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Return the lines of Triton's intermediate code that multiply by a stride or a large size in 32 bits.
+
+    ``slot * stride`` passes 2**31 long before a GPU's memory is full, so one of the two has to be 64 bits wide first.
+    A 32-bit stride stays one through ``splat`` and ``broadcast``, and stops being one at ``extsi``.
+    """
+    narrow = set(re.findall(r"(%\w*stride\w*|%dim|%capacity|%width): i32", ttir))
+    found = []
+    for line in ttir.splitlines():
+        match = re.match(r"\s*(%\w+) = ([\w.]+) (%\w+)(?:, (%\w+))?", line)
+        if match is None:
+            continue
+        result, operation, *operands = match.groups()
+        if narrow.intersection(operands):
+            if operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+                narrow.add(result)
+            elif operation == "arith.muli":
+                found.append(line.strip())
+    return found
