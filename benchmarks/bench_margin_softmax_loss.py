@@ -23,11 +23,11 @@ def bench_forward(benchmark: Any, problem: Problem, peer: Peer) -> None:
 
 
 def bench_embeddings_gradient(
-    benchmark: Any, problem: Problem, peer: Peer, size: Size, device: str, threads: int
+    benchmark: Any, problem: Problem, peer: Peer, size: Size, device: str, threads: int, dtype: str
 ) -> None:
     step = peer.step(problem, EMBEDDINGS)
     compare_with_g(benchmark, step, problem, operator=OPERATOR, what=EMBEDDINGS, peer=peer.label)
-    benchmark.extra_info["peak_extra_bytes"] = peak_extra_bytes(peer.name, size, EMBEDDINGS, device, threads)
+    benchmark.extra_info["peak_extra_bytes"] = peak_extra_bytes(peer.name, size, EMBEDDINGS, device, threads, dtype)
 
 
 @pytest.mark.centre

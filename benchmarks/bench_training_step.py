@@ -26,7 +26,7 @@ BATCHES = 64
 def memory_step(problem: Problem, identities: int) -> Callable[[], None]:
     """Return a step whose labels come from this many identities; the memory holds as many as ``problem`` has rows."""
     x, w, _ = problem
-    head = pmk.PrototypeMemoryLoss(w.shape[1], len(w), device=x.device)
+    head = pmk.PrototypeMemoryLoss(w.shape[1], len(w), dtype=w.dtype, device=x.device)
     head.memory.prototypes.copy_(w)
     head.memory.identities.copy_(torch.arange(len(w)) * (identities // len(w)))
     batches = itertools.cycle([labels_in_pairs(len(x), identities, seed).to(x.device) for seed in range(BATCHES)])
@@ -40,10 +40,10 @@ def memory_step(problem: Problem, identities: int) -> Callable[[], None]:
 
 
 @pytest.fixture
-def memory_problem(request: pytest.FixtureRequest, size: Size, device: str) -> Problem:
+def memory_problem(request: pytest.FixtureRequest, size: Size, device: str, dtype: str) -> Problem:
     """Return the batch, and as many prototypes as there are identities in the smallest data."""
     capacity = IDENTITIES[request.config.getoption("--sizes")][0]
-    return inputs.problem(size._replace(M=capacity), "fresh", device)
+    return inputs.problem(size._replace(M=capacity), "fresh", device, getattr(torch, dtype))
 
 
 @pytest.mark.centre
@@ -62,13 +62,15 @@ def bench_prototype_memory(benchmark: Any, memory_problem: Problem, peer: Peer, 
 
 
 @pytest.mark.centre
-def bench_classifier(benchmark: Any, memory_problem: Problem, size: Size, identities: int, device: str) -> None:
+def bench_classifier(
+    benchmark: Any, memory_problem: Problem, size: Size, identities: int, device: str, dtype: str
+) -> None:
     peer, size = PEERS["eager"], size._replace(M=identities)
     if refusal := peer.refusal(size, device):
         pytest.skip(f"{peer.name}, a classifier with one row per identity: {refusal}")
     compare_with_g(
         benchmark,
-        peer.step(inputs.problem(size, "fresh", device), WHATS[-1]),
+        peer.step(inputs.problem(size, "fresh", device, getattr(torch, dtype)), WHATS[-1]),
         memory_problem,
         operator="training step",
         what="classifier",

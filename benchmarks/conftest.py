@@ -18,6 +18,7 @@ from benchmarks import inputs
 from benchmarks.inputs import IDENTITIES, REGIMES, SIZES, Problem, Size
 from benchmarks.peers import OURS, PEERS, Peer, our_peer
 
+DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS_ON = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     default = os.environ.get("PROTOMEM_BENCH_SIZES", "moderate")
     group.addoption("--sizes", choices=list(SIZES), default=default, help="which sizes to measure (inputs.py)")
     group.addoption("--device", default="cpu", help="where to measure")
+    group.addoption("--dtype", choices=DTYPES, default=DTYPES[0], help="of the embeddings and the prototypes")
     group.addoption("--backend", default="", help="our backend; default: each in comparisons, else what dispatch takes")
     group.addoption("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch sees fit")
 
@@ -83,6 +85,11 @@ def threads(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--dtype")
+
+
+@pytest.fixture
 def ours(request: pytest.FixtureRequest) -> Peer:
     """Return ours on the backend asked for, or on what dispatch chooses."""
     return our_peer(request.config.getoption("--backend"))
@@ -98,5 +105,5 @@ def peer(request: pytest.FixtureRequest, size: Size, device: str) -> Peer:
 
 
 @pytest.fixture
-def problem(size: Size, regime: str, device: str) -> Problem:
-    return inputs.problem(size, regime, device)
+def problem(size: Size, regime: str, device: str, dtype: str) -> Problem:
+    return inputs.problem(size, regime, device, getattr(torch, dtype))

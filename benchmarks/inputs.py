@@ -89,8 +89,8 @@ def at_cosine(cosine: float, rows: Tensor, seed: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def problem(size: Size, regime: str = "fresh", device: str = "cpu") -> Problem:
-    """Return the embeddings, prototypes and targets of a regime; M must be at least B."""
+def problem(size: Size, regime: str = "fresh", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+    """Return the embeddings, prototypes (both in ``dtype``) and targets of a regime; M must be at least B."""
     B, M, D = size
     w = unit_rows(M, D, seed=1)
     # Distinct slots: first the targets, then each sample's look-alikes, then the hubs.
@@ -111,7 +111,7 @@ def problem(size: Size, regime: str = "fresh", device: str = "cpu") -> Problem:
         for k in range(min(LOOK_ALIKES, len(others) // B)):
             w[others[k * B : (k + 1) * B]] = at_cosine(LOOK_ALIKE_COSINE, x, seed=10 + k)
     lengths = 20 + 5 * torch.rand(B, 1, generator=torch.Generator().manual_seed(7))  # encoders do not normalise
-    return Problem((x * lengths).to(device), w.to(device), targets.to(device))
+    return Problem((x * lengths).to(device, dtype), w.to(device, dtype), targets.to(device))
 
 
 def labels_in_pairs(B: int, identities: int, seed: int) -> Tensor:
@@ -124,7 +124,7 @@ def labels_in_pairs(B: int, identities: int, seed: int) -> Tensor:
 
 def full_memory(prototypes: Tensor) -> pmk.MemoryState:
     """Return a full memory of these rows, with identities 0, 1, 2, ..."""
-    state = pmk.MemoryState.empty(*prototypes.shape, device=prototypes.device)
+    state = pmk.MemoryState.empty(*prototypes.shape, dtype=prototypes.dtype, device=prototypes.device)
     state.prototypes.copy_(prototypes)
     state.identities.copy_(torch.arange(len(prototypes)))
     return state

@@ -23,9 +23,11 @@ from benchmarks.peers import PEERS, our_peer
 ROOT = Path(__file__).parents[1]
 
 
-def peak_extra_bytes(peer: str, size: Size, what: str, device: str = "cpu", threads: int = 0) -> int:
+def peak_extra_bytes(
+    peer: str, size: Size, what: str, device: str = "cpu", threads: int = 0, dtype: str = "float32"
+) -> int:
     """Return the bytes, measured in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", peer, *map(str, size), what, device, str(threads)]
+    command = [sys.executable, "-m", "benchmarks.memory", peer, *map(str, size), what, device, str(threads), dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {peer} at {size} failed:\n{done.stderr}")
@@ -52,7 +54,8 @@ def _reset_peak() -> int:
 def main() -> None:
     """Measure one step in this process."""
     parser = argparse.ArgumentParser()
-    for name, kind in {"peer": str, "B": int, "M": int, "D": int, "what": str, "device": str, "threads": int}.items():
+    kinds = {"peer": str, "B": int, "M": int, "D": int, "what": str, "device": str, "threads": int, "dtype": str}
+    for name, kind in kinds.items():
         parser.add_argument(name, type=kind)
     args = parser.parse_args()
     if args.threads:
@@ -60,8 +63,9 @@ def main() -> None:
     peer = PEERS.get(args.peer) or our_peer("")
     size = Size(args.B, args.M, args.D)
 
-    peer.step(problem(size._replace(M=max(size.B, 2048)), device=args.device), args.what)()
-    step = peer.step(problem(size, device=args.device), args.what)
+    where = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    peer.step(problem(size._replace(M=max(size.B, 2048)), **where), args.what)()
+    step = peer.step(problem(size, **where), args.what)
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -27,15 +27,16 @@ from protomem_kernels.mining import MiningRule
 from protomem_kernels.ops.dispatch import BACKENDS
 
 MARGIN, SCALE = 0.5, 64.0
-TILE = 1024
+TILES = {"cpu": 1024, "cuda": 16_384}  # slots per product in G: what stays in cache, and what fills a GPU
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 WHATS = ("forward", "embeddings' gradient", "prototypes' gradient")  # each includes the ones before it
 
 
 def tiled_product(x: Tensor, w: Tensor) -> None:
     """Run G, the unit: the matrix product (B, M) of the inputs, tile by tile into one small buffer."""
-    out = x.new_empty(x.shape[0], TILE)
-    for rows in w.split(TILE):
+    tile = TILES.get(x.device.type, TILES["cuda"])
+    out = x.new_empty(x.shape[0], tile)
+    for rows in w.split(tile):
         torch.mm(x, rows.T, out=out[:, : rows.shape[0]])
     synchronize(x)
 
@@ -97,13 +98,15 @@ def _arcface_loss(dim: int) -> Any:
 
 
 def cut_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """cut-cross-entropy with ``impl="torch_compile"``, the one that runs on a CPU; no margin: plain scaled softmax.
+    """cut-cross-entropy; no margin: plain scaled softmax. Its own kernels take 16-bit tensors on a GPU; elsewhere it is
+    ``impl="torch_compile"``, which runs everywhere.
 
     It asks for triton (a gigabyte on disk, never used on a CPU), so it is no dependency of the ``bench`` extra:
     ``pip install --no-deps cut-cross-entropy triton``.
     """
     function = import_module("cut_cross_entropy").linear_cross_entropy
-    return function(SCALE * functional.normalize(x), w, targets, impl="torch_compile")
+    impl = "cce" if x.is_cuda and x.dtype.itemsize == 2 else "torch_compile"
+    return function(SCALE * functional.normalize(x), w, targets, impl=impl)
 
 
 def partial_fc(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import typer
 
 from protomem_kernels.cli.bench import bench
 from protomem_kernels.cli.env import env
+from protomem_kernels.cli.gpu_check import gpu_check
 from protomem_kernels.cli.train import train
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(bench)
 app.command()(env)
+app.command()(gpu_check)
 
 
 @app.callback()

@@ -39,9 +39,8 @@ def _draw(path: Path, results: Results, rows: list[Row], draw: Callable[[Any, li
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     draw(figure, rows)
     where = results.machine
-    subtitle = (
-        f"{where['gpu'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['date'][:10]}"
-    )
+    machine = f"{where['gpu'] or where['cpu']}, {where['threads']} threads"
+    subtitle = f"{machine}, {where['dtype']}, torch {where['torch']}, {where['date'][:10]}"
     figure.supxlabel(subtitle, color="#8a8a8a", fontsize=9)
     for axes in figure.axes:
         axes.grid(alpha=0.25)
