@@ -587,7 +587,7 @@ FAULTS = [
         TRITON_SUM,
         "n += tl.sum((x - high / LIFT - low / LIFT) * o, axis=1)",
         "pass",
-        T_BLOCKS,
+        f"{T_STREAM}::test_16_bit_factors_cost_n_no_accuracy",
     ),
     Fault(
         "tile offset in 32 bits",

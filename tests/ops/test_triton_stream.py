@@ -115,6 +115,19 @@ def test_small_blocks(dtype: torch.dtype, options: str, how: launch.Launch, monk
     assert light[3].numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_factors_cost_n_no_accuracy(dtype: torch.dtype) -> None:
+    """Two halves of bfloat16 hold 17 bits of x: alone they would leave errors of 1e-4 in n at this scale."""
+    from protomem_kernels.triton.negative_logsumexp import negative_logsumexp
+
+    g = torch.Generator().manual_seed(5)
+    x, w = unit(torch.randn(64, 8, generator=g)), unit(torch.randn(500, 8, generator=g)).to(dtype)
+    rest = torch.full((64,), -1), None, None, None, None, 64.0, 0.0, False, True, 0
+    ours = negative_logsumexp(x, w, *rest)[1]
+    truth = reference.KERNELS["negative_logsumexp"](x.double(), w.double(), *rest)[1]
+    assert (ours - truth).abs().max() < 2e-5
+
+
 def assert_near(ours: torch.Tensor, truth: torch.Tensor, close: float, name: str) -> None:
     """Hold the largest error against the largest entry; the same entries are infinite."""
     finite = torch.isfinite(truth)
