@@ -128,6 +128,18 @@ TABLE: dict[str, dict[int, dict[int, dict[int, Launch]]]] = {
         },
     },
 }
+# Rows that do not begin at a multiple of 16 entries are read one by one, each address in registers: smaller tiles.
+UNEVEN: dict[str, dict[int, Launch]] = {
+    "stream with moment": {
+        **dict.fromkeys((80, 86), Launch(32, 32, 32, 128, 8, 2)),
+        **dict.fromkeys((90, 100), Launch(64, 32, 32, 128, 8, 2)),
+    },
+    "gradient of slots": {
+        **dict.fromkeys((80, 86), Launch(32, 32, 32, 128, 8, 2)),
+        90: Launch(16, 64, 32, 128, 8, 2),
+        100: Launch(32, 64, 32, 128, 8, 2),
+    },
+}
 DOUBLE = Launch(32, 32, 32, 64, 4, 1)  # float64 everywhere: for checks, not for speed
 
 
@@ -182,6 +194,8 @@ def choose(kind: str, arch: int, dtype: torch.dtype, dim: int) -> Launch:
         return Launch(rows=64, slots=512, depth=size, columns=size, warps=4, stages=1)
     if dtype == torch.float64:
         how = DOUBLE
+    elif dim % 16 and dtype.itemsize == 2:
+        how = UNEVEN[kind][_row(arch)]
     else:
         lines = TABLE[kind][dtype.itemsize]
         line = lines[max(bucket for bucket in lines if bucket <= max(size, min(lines)))]
