@@ -140,6 +140,12 @@ UNEVEN: dict[str, dict[int, Launch]] = {
         100: Launch(32, 64, 32, 128, 8, 2),
     },
 }
+# float16 always keeps a running maximum, which takes registers: what would spill with the tiles above. (kind, D, arch)
+FLOAT16 = {
+    ("gradient of slots", 128, 86): Launch(32, 64, 128, 128, 8, 2),
+    ("stream with moment", 128, 100): Launch(64, 32, 128, 128, 8, 2),
+    ("stream with moment", 512, 90): Launch(64, 32, 256, 256, 8, 2),
+}
 DOUBLE = Launch(32, 32, 32, 64, 4, 1)  # float64 everywhere: for checks, not for speed
 
 
@@ -198,8 +204,10 @@ def choose(kind: str, arch: int, dtype: torch.dtype, dim: int) -> Launch:
         how = UNEVEN[kind][_row(arch)]
     else:
         lines = TABLE[kind][dtype.itemsize]
-        line = lines[max(bucket for bucket in lines if bucket <= max(size, min(lines)))]
-        how = line[_row(arch)]
+        bucket = max(bucket for bucket in lines if bucket <= max(size, min(lines)))
+        how = lines[bucket][_row(arch)]
+        if dtype == torch.float16:
+            how = FLOAT16.get((kind, bucket, _row(arch)), how)
     return how._replace(depth=min(how.depth, size), columns=min(how.columns, size))
 
 

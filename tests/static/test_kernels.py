@@ -59,6 +59,7 @@ each_module = pytest.mark.parametrize("module", kernel_modules(), ids=lambda mod
 ALL = [(arch, "bfloat16", 512) for arch in (80, 86, 90, 100)]
 MATRIX_BOUND = [*itertools.product([80, 90, 100], ["bfloat16"], [128, 256]), (86, "float32", 512)]
 MATRIX_BOUND += [(arch, "float32", 512) for arch in (80, 90, 100)]
+MATRIX_BOUND += [(86, "float16", 128), (100, "float16", 128), (90, "float16", 512)]
 
 
 @each_module
