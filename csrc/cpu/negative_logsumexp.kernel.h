@@ -110,8 +110,7 @@ class Forward {
   void keep(const Tile<T>& tile, const T* logits, int64_t p) const {
     const int64_t count = min_of(panel_rows<T>, in_.kept_rows - x_.first(p));
     for (int64_t t = 0; count > 0 && t < tile.count(); t++)
-      std::copy_n(logits + t * panel_rows<T>, count,
-                  static_cast<T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p));
+      std::copy_n(logits + t * panel_rows<T>, count, static_cast<T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p));
   }
 
   // logits y -> e^{s h - shift} h', in place; adds e^{s h - shift} to the total. The target's entry becomes 0.
