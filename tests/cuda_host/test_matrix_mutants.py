@@ -1,0 +1,144 @@
+"""Small faults in the CUDA kernels on batch x memory, one at a time: each has to be noticed by the checks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.cuda_host import build, test_hardest_negatives, test_negative_logsumexp
+from tests.cuda_host.operators import SOURCES, Operators, build_library, load, open_library
+
+
+class Fault(NamedTuple):
+    """``old`` becomes ``new`` in a file of csrc/cuda; built in ``mode``, the checks must fail for the operator."""
+
+    operator: str
+    file: str
+    old: str
+    new: str
+    mode: str = "plain"
+
+
+STREAM, LOGSUMEXP, HARDEST = "stream.cuh", "negative_logsumexp.cuh", "hardest_negatives.cuh"
+FAULTS = {
+    "stream: no barrier after the parts": Fault(
+        "negative_logsumexp", STREAM, "__syncthreads();  // the parts are there", "// the parts are there", "race"
+    ),
+    "stream: no barrier after the weights": Fault(
+        "negative_logsumexp", STREAM, "__syncthreads();  // and for the others", "// and for the others", "race"
+    ),
+    "stream: no wait for the next tile": Fault(
+        "negative_logsumexp", STREAM, "      cp_async_wait<S::STAGES - 2>();\n    }\n", "    }\n"
+    ),
+    "stream: a wait for one tile too few": Fault(
+        "negative_logsumexp",
+        STREAM,
+        "      cp_async_wait<S::STAGES - 2>();\n    }\n",
+        "      cp_async_wait<S::STAGES - 1>();\n    }\n",
+    ),
+    "stream: slots past the split": Fault(
+        "negative_logsumexp", STREAM, "j < last && task.streams(j)", "task.streams(j)"
+    ),
+    "stream: parts read without their twist": Fault(
+        "negative_logsumexp", STREAM, "(column_of(j) ^ twist(own_row))", "column_of(j)"
+    ),
+    "stream: the lower rows shrink like the upper": Fault(
+        "negative_logsumexp", STREAM, "i < 2 ? upper : lower", "upper"
+    ),
+    "factors: another matrix of a fragment": Fault(
+        "negative_logsumexp", "factors.cuh", "column / 8 + lane / 16", "column / 8 + lane / 8 % 2"
+    ),
+    "factors: float32 weights where they are not met": Fault(
+        "negative_logsumexp", "factors.cuh", "j / 8 * 8 + j % 2 * 4 + j % 8 / 2", "j"
+    ),
+    "factors: plain tf32": Fault("negative_logsumexp", "factors.cuh", "mma_m16n8k8_tf32(d, a.high, b.low);", ""),
+    "logsumexp: the target is a negative": Fault("negative_logsumexp", LOGSUMEXP, " && column != target_at", ""),
+    "logsumexp: one half of x": Fault(
+        "negative_logsumexp", LOGSUMEXP, "RESIDENT_TERMS = sizeof(T) == 2 ? 2 : 1", "RESIDENT_TERMS = 1"
+    ),
+    "logsumexp: what the halves leave": Fault("negative_logsumexp", LOGSUMEXP, " + correction :", " :"),
+    "logsumexp: the part along the row stays": Fault(
+        "negative_logsumexp", LOGSUMEXP, "grad[k] - along", "grad[k] + 0 * along"
+    ),
+    "hardest: the target may win": Fault(
+        "hardest_negatives", HARDEST, "slot != target", "slot != target - args.capacity - 1"
+    ),
+    "hardest: a maximum that outlives its group": Fault(
+        "hardest_negatives", HARDEST, "      best = -INFINITY;\n    }\n    return 1;", "    }\n    return 1;"
+    ),
+    "hardest: ties to the higher slot": Fault(
+        "hardest_negatives", HARDEST, "value == cosine && other < own", "value == cosine && other > own"
+    ),
+    "hardest: one tie too many": Fault("hardest_negatives", HARDEST, "tied && rank < wanted", "tied && rank <= wanted"),
+    "hardest: counts without an atomic": Fault(
+        "hardest_negatives",
+        HARDEST,
+        "atomicAdd(&counts[bits >> shift & 255u], 1);",
+        "counts[bits >> shift & 255u]++;",
+        "race",
+    ),
+    "chosen: every entry of a slot writes": Fault(
+        "hardest_negatives", "chosen_rows.cuh", "(head > 0 && args.sorted_ptr[head - 1] == slot)", "false", "race"
+    ),
+}
+
+
+def check(operator: str, ops: Operators) -> None:
+    if operator == "hardest_negatives":
+        test_hardest_negatives.check(ops, test_hardest_negatives.make((6, 700, 33), torch.bfloat16, seed=1), 2, False)
+        test_hardest_negatives.test_ties_go_to_the_lower_slot(ops)
+        return
+    make, check = test_negative_logsumexp.make, test_negative_logsumexp.check
+    for dtype in (torch.bfloat16, torch.float32):
+        check(ops, make((9, 140, 24), dtype, seed=1))
+        check(ops, make((20, 140, 136), dtype, hard=True, normalize=True, running=True, scale=200.0, seed=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_noticed(name: str, mode: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    if fault.mode != mode:
+        pytest.skip(f"built for the mode {fault.mode}")
+    csrc = tmp_path / "csrc"
+    shutil.copytree(SOURCES.parent, csrc, ignore=shutil.ignore_patterns("cpu"))
+    for other in (csrc / "cuda").glob("*.cu"):
+        if other.stem != fault.operator:
+            other.unlink()
+    source = csrc / "cuda" / fault.file
+    text = source.read_text(encoding="utf-8")
+    assert text.count(fault.old) >= 1, f"not there any more: {fault.old}"
+    source.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    library = build_library(mode, csrc / "cuda", tmp_path / "built", "protomem_mutant")
+    # In a process of its own, which a fault may end.
+    command = [sys.executable, "-m", "tests.cuda_host.test_matrix_mutants", fault.operator, str(library)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True)
+    assert "checks begin" in process.stdout, process.stderr
+    assert process.returncode != 0, "nothing noticed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["negative_logsumexp", "hardest_negatives"])
+def test_the_checks_pass_without_a_fault(operator: str, mode: str) -> None:
+    check(operator, load(mode))
+
+
+def main(operator: str, library: str) -> None:
+    """Run the checks on a library, with two orders of blocks and threads."""
+    ops = open_library(Path(library), "protomem_mutant")
+    print("checks begin", flush=True)
+    for seed in range(2):
+        ops.seed(seed)
+        check(operator, ops)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""Every test of this folder that runs kernels, once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_host import build
+
+pytestmark = pytest.mark.skipif("PROTOMEM_CUDA_HOST" in os.environ, reason="this is the process it starts")
+
+
+def execute(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run Python with the sanitizers' runtimes; return the process and their reports."""
+    reason = build.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    runtimes = [
+        subprocess.run([build.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        **os.environ,
+        "PROTOMEM_CUDA_HOST": "sanitized",
+        "LD_PRELOAD": ":".join(runtimes),
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder}/report",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={folder}/report",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, *arguments], cwd=build.ROOT, env=environment, capture_output=True, text=True
+    )
+    return process, "\n".join(path.read_text() for path in folder.glob("report*"))
+
+
+def test_the_whole_folder_under_the_sanitizers(tmp_path: Path) -> None:
+    options = ["-q", "-k", "sanitized", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-cov"]
+    process, reports = execute(tmp_path, "-m", "pytest", *options, str(build.HERE))
+    assert process.returncode == 0, process.stdout + process.stderr + reports
+    assert reports == ""
+    assert " passed" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [("torch.empty(124)", "torch.empty(128)"), ("torch.empty(128)", "torch.empty(124)")]
+)
+def test_a_step_past_a_tensor_is_seen(tmp_path: Path, x: str, y: str) -> None:
+    call = f"build.load('common.cpp', 'sanitized').call('twice_float32', {x}, {y}, 128)"
+    process, reports = execute(tmp_path, "-c", f"import torch\nfrom tests.cuda_host import build\n{call}")
+    assert process.returncode != 0
+    assert "heap-buffer-overflow" in reports
+    assert "kernel twice<float>, block (0, 0, 0), thread (31, 0, 0)" in process.stderr
