@@ -6,21 +6,28 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
+CUDA_BUILT := $(VENV)/.built-cuda
 ARGS   ?=
-CXX_FILES := $(shell find csrc -type f -name '*.h' -o -type f -name '*.cpp')
+CXX_FILES := $(shell find csrc tests/cuda_host -type f -name '*.h' -o -type f -name '*.cpp' 2>/dev/null)
+CUDA_FILES := $(shell find csrc/cuda csrc/common -type f)
 
-.PHONY: train test triton extension lint format types timing mutants sanitize lock clean
+.PHONY: train test triton extension cuda cuda-host lint format types timing mutants sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
 
 test: lint types extension timing mutants
-	$(BIN)/python -m pytest -n 2 -m "not timing" --cov --cov-report= $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not timing" --ignore=tests/cuda_host --cov --cov-report= $(ARGS)
 	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(ARGS)"
 
 # The Triton kernels on the CPU, in Triton's interpreter. It runs their bodies as Python, so coverage counts them.
 triton: $(BUILT)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "triton and not timing" $(ARGS)
+
+# The CUDA kernels: built for real GPUs and their machine code read, then executed on the CPU in three builds (plain,
+# sanitizers, race check) with faults planted. A quarter of an hour: not part of `make test` yet.
+cuda-host: $(BUILT) $(CUDA_BUILT)
+	$(BIN)/python -m pytest -n 2 --no-cov tests/cuda_host tests/static/test_cuda_objects.py $(ARGS)
 
 timing: $(BUILT)
 	$(BIN)/python -m pytest -q -m timing --no-header -rP tests/test_speed.py
@@ -28,12 +35,12 @@ timing: $(BUILT)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(filter %.cu %.cuh,$(CUDA_FILES))
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) $(filter %.cu %.cuh,$(CUDA_FILES))
 
 types: $(READY)
 	$(BIN)/mypy
@@ -46,7 +53,7 @@ mutants: $(BUILT)
 # which `make test` runs too. In all some minutes.
 SANITIZED := $(CURDIR)/build/sanitized
 sanitize: $(READY)
-	PROTOMEM_BUILD_CPU=1 PROTOMEM_BUILD_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	PROTOMEM_BUILD_CPU=1 PROTOMEM_BUILD_CUDA=0 PROTOMEM_BUILD_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests $(SANITIZED)/report.*
 	cp -r tests pyproject.toml $(SANITIZED)
 	@echo "sanitize: the extension is built with address,undefined in build/sanitized"
@@ -62,27 +69,35 @@ sanitize: $(READY)
 # The compiled CPU part, into protomem_kernels/: built again when its sources change, and only what changed.
 extension: $(BUILT)
 $(BUILT): $(READY) setup.py CMakeLists.txt $(CXX_FILES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	PROTOMEM_BUILD_CUDA=keep $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $(BUILT)
+
+# The compiled CUDA part, the same way. The lock brings nvcc along on Linux; nobody needs it to train on a CPU.
+cuda: $(CUDA_BUILT)
+$(CUDA_BUILT): $(READY) setup.py $(CUDA_FILES)
+	PROTOMEM_BUILD_CPU=keep PROTOMEM_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $(CUDA_BUILT)
 
 # The environment is rebuilt when the lock or the package's metadata changes.
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	PROTOMEM_BUILD_CUDA=keep $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY) $(BUILT)
 
 # Newest versions that support every Python from 3.10 on. torch alone is pinned by hand; what a CUDA build of torch
-# brings along (nvidia-*, triton) is its own business. A CPU build brings no triton, but the tests run its kernels in the
-# interpreter: so triton is asked for without a version, which whatever pin torch has satisfies.
+# brings along (nvidia-*, triton) is its own business, the packages of the CUDA compiler excepted. A CPU build brings no
+# triton, but the tests run its kernels in the interpreter: so triton is asked for without a version, which whatever pin
+# torch has satisfies.
 TORCH := torch==2.13.0
+NVCC  := nvvm|cuda-(nvcc|crt|runtime|cccl|cuobjdump|nvdisasm)
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
 	echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal --python-version 3.10 --quiet \
-	    --no-header --no-annotate | grep -vE '^(nvidia-|cuda-|triton)' >requirements-dev.lock.new
+	    --no-header --no-annotate | grep -vP '^(nvidia-(?!($(NVCC))==)|cuda-|triton)' >requirements-dev.lock.new
 	echo "triton ; sys_platform == 'linux'" >>requirements-dev.lock.new
 	mv requirements-dev.lock.new requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info protomem_kernels/_C.*
+	rm -rf $(VENV) build dist *.egg-info protomem_kernels/_C.* protomem_kernels/_C_cuda.*

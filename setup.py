@@ -1,34 +1,50 @@
-"""Builds the compiled CPU part with CMake; everything else about the package is in pyproject.toml.
+"""Builds the two compiled parts with CMake; everything else about the package is in pyproject.toml.
 
-PROTOMEM_BUILD_CPU=auto (the default) builds it if that is possible here, and else installs without it and says why;
-with 1 (the default of ``setup.py build_ext``) a failure is an error, with 0 it is left out.
-PROTOMEM_BUILD_SANITIZE=address,undefined builds it with these sanitizers, in a build folder of its own.
+The CPU part is ``_C``, the CUDA part ``_C_cuda``. PROTOMEM_BUILD_CPU and PROTOMEM_BUILD_CUDA are each one of
+
+    auto   build it if that is possible here, and else install without it and say why (the default)
+    1      build it, and a failure is an error (the default of ``setup.py build_ext`` for the CPU part)
+    0      leave it out
+    keep   leave it as an earlier build left it
+
+The CUDA part needs nvcc (CUDACXX, the PyPI package nvidia-cuda-nvcc, or on the PATH), but no GPU and no CUDA build of
+torch. PROTOMEM_CUDA_ARCH_LIST, "80 90 100" unless set, are the compute capabilities that it gets machine code for; it
+gets PTX of the last one too, from which drivers compile for newer GPUs.
+PROTOMEM_BUILD_SANITIZE=address,undefined builds the CPU part with these sanitizers, in a build folder of its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-MODE = os.environ.get("PROTOMEM_BUILD_CPU", "1" if "build_ext" in sys.argv else "auto")
-if MODE not in ("auto", "0", "1"):
-    raise SystemExit(f"PROTOMEM_BUILD_CPU must be auto, 0 or 1, got {MODE}")
+ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("PROTOMEM_BUILD_SANITIZE", "")
-NOTE = "_C.missing.txt"  # why there is no object, for protomem_kernels/compiled.py
+ARCHITECTURES = os.environ.get("PROTOMEM_CUDA_ARCH_LIST", "80 90 100")
+# Where packages may be found that an isolated build does not see on its sys.path.
+PATHS = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
 
 
 class CannotBuildError(Exception):
-    """Why the compiled part cannot be built here."""
+    """Why a compiled part cannot be built here."""
+
+
+def mode(variable: str, default: str) -> str:
+    value = os.environ.get(variable, default)
+    if value not in ("auto", "0", "1", "keep"):
+        raise SystemExit(f"{variable} must be auto, 0, 1 or keep, got {value}")
+    return value
 
 
 def find_torch() -> tuple[Path, str]:
@@ -37,8 +53,7 @@ def find_torch() -> tuple[Path, str]:
     pip hides the installed packages from an isolated build, but not where they are, and headers and library are all
     that is needed: by the stable ABI it does not matter which torch it is.
     """
-    paths = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    for torch in distributions(name="torch", path=paths):
+    for torch in distributions(name="torch", path=PATHS):
         folder = Path(str(torch.locate_file("torch")))
         if tuple(int(part) for part in torch.version.split(".")[:2]) < (2, 10):
             raise CannotBuildError(f"torch {torch.version} is older than 2.10, whose stable ABI it needs")
@@ -59,72 +74,150 @@ def find_tool(name: str, folder_attribute: str) -> str:
     return found
 
 
-class BuildCpu(build_ext):
-    """Runs CMake for the one extension; where that cannot be, leaves a note in place of the object."""
+def require_compiler() -> None:
+    compilers = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"]
+    if not any(map(shutil.which, filter(None, compilers))):
+        raise CannotBuildError("there was no C++ compiler")
 
-    def run(self) -> None:
-        extension, inplace, reason = self.extensions[0], self.inplace, None
-        try:
-            super().run()
-        except CannotBuildError as problem:
-            if MODE == "1":
-                raise SystemExit(f"the compiled CPU part cannot be built: {problem}") from problem
-            reason = str(problem)
-            print(f"protomem_kernels installs without its compiled CPU part: {reason}", file=sys.stderr)
-        # Neither the object nor the note of an earlier build may stay.
-        self.inplace = inplace  # which a failing super().run() leaves changed
-        target = Path(self.get_ext_fullpath(extension.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        note = target.with_name(NOTE)
-        if reason is None:
-            note.unlink(missing_ok=True)
-        else:
-            target.unlink(missing_ok=True)
-            note.write_text(reason)
-            self.distribution.ext_modules = []  # the wheel is a pure one
 
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name))
-        built = self.compile() / target.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a process may have the old file mapped: never write into it
-        shutil.copyfile(built, target)
+def files_of(package: Distribution) -> list[Path]:
+    return [Path(str(package.locate_file(file))) for file in package.files or []]
 
-    def compile(self) -> Path:
-        """Run CMake in a folder that stays, so that the next build is incremental; return the folder."""
-        if MODE == "0":
-            raise CannotBuildError("PROTOMEM_BUILD_CPU=0 was set")
-        torch, version = find_torch()
-        cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
-        compilers = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"]
-        if not any(map(shutil.which, filter(None, compilers))):
-            raise CannotBuildError("there was no C++ compiler")
+
+def find_nvcc() -> Path:
+    """Return the path of nvcc, all of whose parts can be run.
+
+    The PyPI packages put their files into one common folder, which nvcc finds its way around in by itself; but some
+    installers leave programs there that may not be executed.
+    """
+    if os.environ.get("CUDACXX"):
+        return Path(os.environ["CUDACXX"])
+    for package in distributions(name="nvidia-cuda-nvcc", path=PATHS):
+        for nvcc in files_of(package):
+            if nvcc.name in ("nvcc", "nvcc.exe") and nvcc.exists():
+                for program in [*nvcc.parent.iterdir(), *(nvcc.parents[1] / "nvvm/bin").glob("*")]:
+                    if program.is_file() and not os.access(program, os.X_OK):
+                        program.chmod(program.stat().st_mode | 0o111)
+                return nvcc
+    found = shutil.which("nvcc")
+    if found is None:
+        raise CannotBuildError("there was no nvcc (pip install nvidia-cuda-nvcc, or a CUDA toolkit on the PATH)")
+    return Path(found)
+
+
+def run_cmake(sources: Path, folder: Path, options: dict[str, object]) -> None:
+    """Configure and build in a folder that stays, so that the next build is incremental."""
+    cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
+    require_compiler()
+    configure = [cmake, "-G", "Ninja", "-S", str(sources), "-B", str(folder), f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    try:
+        subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
+        subprocess.run([cmake, "--build", str(folder)], check=True)
+    except subprocess.CalledProcessError as failure:
+        raise CannotBuildError(f"the build failed (exit code {failure.returncode} of cmake)") from None
+
+
+class CpuPart(Extension):
+    """``_C``: a Python module."""
+
+    label = "CPU"
+    extras: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__("protomem_kernels._C", sources=[])
+        self.mode = mode("PROTOMEM_BUILD_CPU", "1" if "build_ext" in sys.argv else "auto")
+
+    def compile(self, version: str) -> Path:
+        torch, torch_version = find_torch()
+        kind = "cpu-sanitize" if SANITIZE else "cpu"
+        folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
+        require_compiler()
         try:
             import pybind11
         except ImportError:
             raise CannotBuildError("there was no pybind11 in the build environment") from None
-        kind = "cpu-sanitize" if SANITIZE else "cpu"
-        folder = Path(__file__).resolve().parent / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
         options = {
-            "CMAKE_MAKE_PROGRAM": ninja,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": torch,
-            "PROTOMEM_TORCH_VERSION": version,
-            "PROTOMEM_VERSION": self.distribution.get_version(),
+            "PROTOMEM_TORCH_VERSION": torch_version,
+            "PROTOMEM_VERSION": version,
             "PROTOMEM_SANITIZE": SANITIZE,
         }
-        configure = [cmake, "-G", "Ninja", "-S", str(Path(__file__).resolve().parent), "-B", str(folder)]
-        try:
-            subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
-            subprocess.run([cmake, "--build", str(folder)], check=True)
-        except subprocess.CalledProcessError as failure:
-            raise CannotBuildError(f"the build failed (exit code {failure.returncode} of cmake)") from None
+        run_cmake(ROOT, folder, options)
         return folder
 
 
+class CudaPart(Extension):
+    """``_C_cuda``: a plain library, loaded into a torch that has CUDA; beside it how it was built."""
+
+    label = "CUDA"
+    extras = ("_C_cuda.json",)
+
+    def __init__(self) -> None:
+        super().__init__("protomem_kernels._C_cuda", sources=[])
+        self.mode = mode("PROTOMEM_BUILD_CUDA", "auto")
+
+    def compile(self, version: str) -> Path:
+        nvcc = find_nvcc()
+        torch, torch_version = find_torch()
+        names = re.split(r"[\s,;]+", ARCHITECTURES.strip())
+        if not all(re.fullmatch(r"\d+[af]?", name) for name in names):
+            raise SystemExit(f'PROTOMEM_CUDA_ARCH_LIST must look like "80 90 100", got "{ARCHITECTURES}"')
+        options = {
+            "CMAKE_CUDA_COMPILER": nvcc,
+            # The packages keep the runtime library in lib, and nvcc looks for it in lib64.
+            "CMAKE_CUDA_FLAGS": f"-L{nvcc.resolve().parents[1] / 'lib'}",
+            "CMAKE_CUDA_ARCHITECTURES": ";".join([*(f"{name}-real" for name in names[:-1]), names[-1]]),
+            "TORCH_DIR": torch,
+            "PROTOMEM_TORCH_VERSION": torch_version,
+            "PROTOMEM_VERSION": version,
+        }
+        folder = ROOT / "build" / f"cuda-{sysconfig.get_platform()}"
+        run_cmake(ROOT / "csrc/cuda", folder, options)
+        return folder
+
+
+class BuildParts(build_ext):
+    """Runs CMake for each part; where one cannot be built, leaves a note in place of the object."""
+
+    def run(self) -> None:
+        built = [part for part in self.extensions if self.build_part(part)]
+        self.distribution.ext_modules = built  # without any, the wheel is a pure one
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_C_cuda"):  # it knows nothing of Python
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_part(self, part: CpuPart | CudaPart) -> bool:
+        """Put the object, or the note, to where it belongs; neither that of an earlier build may stay."""
+        target = Path(self.get_ext_fullpath(part.name))
+        if part.mode == "keep":
+            return target.exists()
+        note = target.with_name(f"{part.name.split('.')[-1]}.missing.txt")  # read by protomem_kernels/compiled.py
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if part.mode == "0":
+                raise CannotBuildError(f"PROTOMEM_BUILD_{part.label}=0 was set")
+            folder = part.compile(self.distribution.get_version())
+        except CannotBuildError as problem:
+            if part.mode == "1":
+                raise SystemExit(f"the compiled {part.label} part cannot be built: {problem}") from problem
+            print(f"protomem_kernels installs without its compiled {part.label} part: {problem}", file=sys.stderr)
+            for name in (target.name, *part.extras):
+                target.with_name(name).unlink(missing_ok=True)
+            note.write_text(str(problem))
+            return False
+        for name in (target.name, *part.extras):
+            target.with_name(name).unlink(missing_ok=True)  # a process may have the old one mapped: never write into it
+            shutil.copyfile(folder / name, target.with_name(name))
+        note.unlink(missing_ok=True)
+        return True
+
+
 class Wheel(bdist_wheel):
-    """Tags the wheel for this Python and platform if it holds the object, and for any if it does not."""
+    """Tags the wheel for this Python and platform if it holds an object, and for any if it holds none."""
 
     def run(self) -> None:
         self.run_command("build")
@@ -134,6 +227,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("protomem_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildCpu, "bdist_wheel": Wheel},
+    ext_modules=[CpuPart(), CudaPart()],
+    cmdclass={"build_ext": BuildParts, "bdist_wheel": Wheel},
 )

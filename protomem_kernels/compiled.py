@@ -30,11 +30,16 @@ BUILD_IT = (
 )
 
 
+def torch_is_too_old() -> bool:
+    """Say whether this torch is older than the stable ABI that the compiled parts use."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     """Return the object, or None and the reason."""
     if os.environ.get("PROTOMEM_DISABLE_COMPILED") == "1":
         return None, SWITCHED_OFF
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    if torch_is_too_old():
         return None, f"it needs torch 2.10 or newer, and this is torch {torch.__version__}"
     folder = Path(__file__).parent
     if not any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
@@ -85,6 +90,11 @@ def refuses(operator: str, tensors: Sequence[Tensor]) -> str | None:
         if not tensor.is_cpu:
             return f"serves tensors on the CPU, got one on {tensor.device}"
     return None
+
+
+def on_gpu(operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:
+    """Return why it cannot serve a GPU."""
+    return "serves tensors on the CPU"
 
 
 _warned = False

@@ -1,4 +1,4 @@
-"""The compiled CPU part: what it asks of PyTorch and of the machine, and what happens where it cannot be used."""
+"""The compiled parts: what they ask of PyTorch and of the machine, and what happens where they cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from elftools.elf.elffile import ELFFile
 
 import protomem_kernels as pmk
-from protomem_kernels import compiled, reference
+from protomem_kernels import compiled, cuda, reference
 from protomem_kernels.cli.env import CHECKS
 from tests.ops.test_registration import CALLS
 
@@ -31,6 +31,7 @@ SUFFIX = EXTENSION_SUFFIXES[0]
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 needs_object = pytest.mark.skipif(compiled.MODULE is None, reason=f"no compiled part: {compiled.unavailable()}")
+needs_library = pytest.mark.skipif(cuda.BUILD is None, reason="no CUDA part")
 needs_elf = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files, which only Linux has")
 
 
@@ -57,28 +58,48 @@ def symbols(path: Path, table: str) -> tuple[set[str], set[str]]:
     return undefined, functions - undefined
 
 
-@needs_object
-@needs_elf
-def test_it_uses_nothing_of_torch_but_the_stable_c_functions() -> None:
-    path = Path(compiled.MODULE.__file__)
+def check_what_it_asks_of_torch(path: Path, libraries: set[str]) -> None:
     undefined, _ = symbols(path, ".dynsym")
     assert any(name.startswith("aoti_torch_") for name in undefined)
     # at::, c10::, torch:: and caffe2:: as they are spelt in mangled names
     assert not [name for name in undefined if name.startswith("_Z") and re.search("2at|3c10|5torch|6caffe2", name)]
+    assert not [name for name in undefined if re.match("cu[A-Z]|cuda", name)]
     with path.open("rb") as file:
         entries = list(ELFFile(file).get_section_by_name(".dynamic").iter_tags())
     needed = {entry.needed for entry in entries if entry.entry.d_tag == "DT_NEEDED"}
-    assert {name for name in needed if "torch" in name or "c10" in name} == {"libtorch_cpu.so"}
+    assert {name for name in needed if re.search("torch|c10|cuda", name)} == libraries
     assert not [entry for entry in entries if entry.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+
+
+def shown_functions(path: Path) -> set[str]:
+    _, functions = symbols(path, ".dynsym")
+    return {name for name in functions if not name.startswith(("_ZNSt", "_ZNKSt", "_ZSt"))} - {"_init", "_fini"}
+
+
+@needs_object
+@needs_elf
+def test_it_uses_nothing_of_torch_but_the_stable_c_functions() -> None:
+    check_what_it_asks_of_torch(Path(compiled.MODULE.__file__), {"libtorch_cpu.so"})
     assert compiled.MODULE.target_abi == compiled.OLDEST_TORCH
+
+
+@needs_library
+@needs_elf
+def test_the_cuda_part_uses_nothing_of_torch_but_the_stable_c_functions() -> None:
+    """Nor a CUDA runtime: it brings its own, whatever version torch has."""
+    check_what_it_asks_of_torch(cuda.LIBRARY, {"libtorch_cpu.so", "libtorch_cuda.so"})
 
 
 @needs_object
 @needs_elf
 def test_it_shows_nothing_of_its_own_but_the_module() -> None:
-    _, functions = symbols(Path(compiled.MODULE.__file__), ".dynsym")
-    ours = {name for name in functions if not name.startswith(("_ZNSt", "_ZNKSt", "_ZSt"))}
-    assert ours - {"_init", "_fini"} == {"PyInit__C"}
+    assert shown_functions(Path(compiled.MODULE.__file__)) == {"PyInit__C"}
+
+
+@needs_library
+@needs_elf
+def test_the_cuda_part_shows_nothing_of_its_own() -> None:
+    assert shown_functions(cuda.LIBRARY) == set()
 
 
 @needs_object
@@ -128,6 +149,67 @@ def test_refuses_what_is_not_on_the_cpu() -> None:
     tensors = torch.zeros(2), torch.zeros(2, device="meta")
     assert compiled.refuses("enqueue_", tensors) == "serves tensors on the CPU, got one on meta"
     assert compiled.refuses("enqueue_", tensors[:1]) is None
+
+
+SCHEMAS = """
+import ctypes, json, sys, torch
+import protomem_kernels
+from protomem_kernels import cuda
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # stands in for the library of that name in a torch with CUDA
+torch.ops.load_library(cuda.LIBRARY)
+print(json.dumps([
+    [str(getattr(space, name).default._schema) for space in (torch.ops.protomem_cuda, torch.ops.protomem)]
+    for name in cuda.OPERATORS
+]))
+"""
+
+
+@needs_library
+def test_the_cuda_part_loads_and_registers_the_operators() -> None:
+    stub = ROOT / "build" / f"cuda-{sysconfig.get_platform()}" / "libtorch_cuda.so"
+    if not stub.exists():
+        pytest.skip(f"there is no {stub}")
+    if torch.version.cuda is not None:
+        pytest.skip("torch has CUDA: it is loaded already")
+    for ours, public in run(SCHEMAS, str(stub)):
+        assert ours.replace("protomem_cuda::", "protomem::") == public
+
+
+@needs_library
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_the_cuda_part_says_that_torch_has_no_cuda() -> None:
+    assert cuda.unavailable() == f"torch {torch.__version__} is a build without CUDA"
+    assert pmk.explain("enqueue_")[0] == ("cuda", False, cuda.unavailable())
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served", "refused"),
+    [
+        (["80", "90", "100"], [80, 86, 89, 90, 100, 103, 120], [70, 75]),
+        (["90a"], [90], [80, 100, 120]),
+        (["86"], [86, 89, 90, 120], [80]),
+        (["100f"], [100, 103], [90, 120]),
+    ],
+)
+def test_explain_tells_what_serves_a_gpu_that_is_not_there(
+    architectures: list[str], served: list[int], refused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "BUILD", cuda.Build("0", "nvcc", "2.13", architectures))
+    for arch in served:
+        choices = pmk.explain("enqueue_", architecture=arch)
+        assert choices[0] == ("cuda", True, None)
+        assert [choice.chosen for choice in choices[1:]] == [False] * 3
+    for arch in refused:
+        first = pmk.explain("aggregate_prototypes", architecture=arch)[0]
+        names = ", ".join(f"sm_{name}" for name in architectures)
+        assert not first.chosen
+        assert first.reason == f"it was built for {names} and newer (PROTOMEM_CUDA_ARCH_LIST), and this is sm_{arch}"
+    assert pmk.explain("margin_softmax_loss", architecture=90)[0].backend == "triton"
+    assert pmk.explain("enqueue_", architecture=90)[2].reason == "serves tensors on the CPU"
+    wide = pmk.explain("aggregate_prototypes", torch.zeros(2, 1025), architecture=served[0])
+    assert wide[0].reason == "serves rows of at most 1024 columns, got (2, 1025)"
+    monkeypatch.setattr(cuda, "BUILD", None)
+    assert pmk.explain("enqueue_", architecture=90)[0].reason.startswith("it was not built")
 
 
 # Instruction sets
@@ -326,13 +408,15 @@ def test_kernels_compile_for_arm(tmp_path: Path) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the sources, so that builds leave the tree alone."""
     copied = tmp_path_factory.mktemp("build") / "checkout"
-    leave = shutil.ignore_patterns(".*", "build", "dist", "runs", "shared", "*.egg-info", "__pycache__", "_C.*")
+    leave = shutil.ignore_patterns(".*", "build", "dist", "runs", "shared", "*.egg-info", "__pycache__", "_C*")
     shutil.copytree(ROOT, copied, ignore=leave)
     return copied
 
 
 def build(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a build, of the CPU part alone unless more is asked for: the CUDA part takes minutes."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PROTOMEM")}
+    inherited["PROTOMEM_BUILD_CUDA"] = "0"
     return subprocess.run(
         [sys.executable, *arguments], cwd=checkout, env=inherited | environment, capture_output=True, text=True
     )
@@ -366,6 +450,59 @@ def test_a_build_that_was_asked_for_must_succeed(checkout: Path, tmp_path: Path)
     )
     assert process.returncode != 0
     assert "the compiled CPU part cannot be built: there was no C++ compiler" in process.stderr
+
+
+def test_the_cuda_part_is_left_out_where_it_cannot_be_built(checkout: Path, tmp_path: Path) -> None:
+    nowhere = {"PATH": "/nowhere", "CXX": "", "CUDACXX": "/nowhere/nvcc"}
+    process = build(
+        checkout, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path), PROTOMEM_BUILD_CUDA="auto", **nowhere
+    )
+    assert process.returncode == 0, process.stderr
+    assert "installs without its compiled CUDA part: there was no C++ compiler" in process.stderr
+    (wheel,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("protomem_kernels/_C_cuda.missing.txt").decode() == "there was no C++ compiler"
+    process = build(checkout, "setup.py", "build", PROTOMEM_BUILD_CPU="0", PROTOMEM_BUILD_CUDA="1", **nowhere)
+    assert process.returncode != 0
+    assert "the compiled CUDA part cannot be built: there was no C++ compiler" in process.stderr
+
+
+@needs_compiler
+def test_a_list_of_architectures_is_checked(checkout: Path) -> None:
+    given = {"PROTOMEM_BUILD_CPU": "0", "PROTOMEM_BUILD_CUDA": "1", "PROTOMEM_CUDA_ARCH_LIST": "8.0+PTX"}
+    process = build(checkout, "setup.py", "build", CUDACXX="/nowhere/nvcc", **given)
+    assert process.returncode != 0
+    assert 'PROTOMEM_CUDA_ARCH_LIST must look like "80 90 100", got "8.0+PTX"' in process.stderr
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="nvcc comes in packages for Linux")
+def test_nvcc_is_found_in_its_package_and_made_to_run(checkout: Path, tmp_path: Path) -> None:
+    """Some installers leave programs without the permission to be executed."""
+    programs = [
+        tmp_path / "nvidia/cu13/bin/nvcc",
+        tmp_path / "nvidia/cu13/bin/ptxas",
+        tmp_path / "nvidia/cu13/nvvm/bin/cicc",
+    ]
+    for program in programs:
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\nexit 1\n")
+        program.chmod(0o644)
+    metadata = tmp_path / "nvidia_cuda_nvcc-99.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: 99\n")
+    (metadata / "RECORD").write_text("nvidia/cu13/bin/nvcc,,\n")
+    process = build(
+        checkout,
+        "setup.py",
+        "build",
+        PROTOMEM_BUILD_CPU="0",
+        PROTOMEM_BUILD_CUDA="1",
+        CUDACXX="",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert "the compiled CUDA part cannot be built: the build failed" in process.stderr  # this nvcc cannot do more
+    assert all(os.access(program, os.X_OK) for program in programs)
 
 
 @needs_compiler

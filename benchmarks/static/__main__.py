@@ -12,7 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.static import report
+from benchmarks.static import cuda_objects, report
 from benchmarks.static.counting import Job, count_all, kernel_modules
 
 PEERS = ["benchmarks.static.cut_cross_entropy", "benchmarks.static.liger_kernel"]
@@ -55,7 +55,13 @@ def _report(folder: Path, processes: int) -> None:
     ]
     counts = count_all(jobs, processes)
     versions = ", ".join([f"triton {version('triton')}", *(f"{_name(name)} {version(_name(name))}" for name in peers)])
-    for path in report.write(folder, counts, notes, versions):
+    more = []
+    if (reason := cuda_objects.unavailable()) is None:
+        threads = cuda_objects.threads_of_blocks(Path(__file__).parents[2] / "csrc" / "cuda")
+        more.append(cuda_objects.section(cuda_objects.read(), threads) + "\n")
+    else:
+        notes.append(f"The CUDA C++ kernels are missing: {reason}")
+    for path in report.write(folder, counts, notes, versions, more):
         print(path)
 
 

@@ -74,10 +74,12 @@ COLUMNS: dict[str, Callable[[Count], str]] = {
 }
 
 
-def write(folder: Path, counts: Sequence[Count], notes: Sequence[str], versions: str) -> list[Path]:
-    """Write the table and the plot; return their paths."""
+def write(
+    folder: Path, counts: Sequence[Count], notes: Sequence[str], versions: str, more: Sequence[str] = ()
+) -> list[Path]:
+    """Write the table, with ``more`` sections at its end, and the plot; return their paths."""
     with written_whole(folder / TABLE) as temporary:
-        temporary.write_text(_text(counts, notes, versions), encoding="utf-8")
+        temporary.write_text("\n".join([_text(counts, notes, versions), *more]), encoding="utf-8")
     with written_whole(folder / PLOT) as temporary:
         _draw(temporary, counts, versions)
     return [folder / TABLE, folder / PLOT]

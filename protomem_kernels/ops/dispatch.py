@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protomem_kernels import compiled, reference, triton
+from protomem_kernels import compiled, cuda, reference, triton
 
 LIBRARY = torch.library.Library("protomem", "DEF")
 
@@ -28,7 +28,9 @@ class Backend:
     """A set of kernels: ``kernels`` maps an operator's name to its function.
 
     ``unavailable()`` and ``refuses(operator, tensors)`` return the reason, or None. ``passed_over(tensors)`` hears of
-    every call that is left to the next backend because this one is not available.
+    every call that is left to the next backend because this one is not available. ``on_gpu(operator, tensors,
+    architecture)`` is the reason why such tensors on a GPU of that compute capability could not be served, whatever
+    there is at hand.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Backend:
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[str, Sequence[Tensor]], str | None] = lambda operator, tensors: None
     passed_over: Callable[[Sequence[Tensor]], None] = lambda tensors: None
+    on_gpu: Callable[[str, Sequence[Tensor], int], str | None] = lambda operator, tensors, architecture: None
 
     def reason_against(self, operator: str, tensors: Sequence[Tensor]) -> str | None:
         """Return why this backend cannot serve the call, or None if it can."""
@@ -45,17 +48,26 @@ class Backend:
         return reason or self.refuses(operator, tensors)
 
 
-def _not_in_this_version() -> str:
-    return "not part of this version of protomem_kernels"
-
-
 # In the order of preference; the reference serves every device and comes last.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Backend("cuda", unavailable=_not_in_this_version),
-    "triton": Backend("triton", triton.KERNELS, triton.unavailable, triton.refuses),
-    "cpu": Backend("cpu", compiled.CPU_KERNELS, compiled.unavailable, compiled.refuses, compiled.warn_once),
+    "cuda": Backend("cuda", cuda.KERNELS, cuda.unavailable, cuda.refuses, on_gpu=cuda.on_gpu),
+    "triton": Backend("triton", triton.KERNELS, triton.unavailable, triton.refuses, on_gpu=triton.on_gpu),
+    "cpu": Backend(
+        "cpu", compiled.CPU_KERNELS, compiled.unavailable, compiled.refuses, compiled.warn_once, compiled.on_gpu
+    ),
     "reference": Backend("reference", reference.KERNELS),
 }
+
+# Small operators want a quick launch, which CUDA C++ has; the others want the newest tensor cores, which Triton uses.
+SMALL = ("aggregate_prototypes", "aggregate_prototypes_backward", "enqueue_")
+_TRITON_FIRST = sorted(BACKENDS, key=lambda name: name != "triton")
+
+
+def preference(operator: str) -> Iterator[Backend]:
+    """Yield the backends in the order in which they are asked to serve the operator."""
+    for name in BACKENDS if operator in SMALL else _TRITON_FIRST:
+        yield BACKENDS[name]
+
 
 # The losses are a few vector operations around the one heavy operator.
 SERVED_BY = {"margin_softmax_loss": "negative_logsumexp"}
@@ -74,15 +86,17 @@ class Choice(NamedTuple):
         return f"{self.backend:<10} {'chosen' if self.chosen else self.reason or 'available'}"
 
 
-def explain(operator: str, *tensors: Tensor) -> list[Choice]:
+def explain(operator: str, *tensors: Tensor, architecture: int | None = None) -> list[Choice]:
     """Say which backend would serve ``operator`` for ``tensors``, and for each other one why it would not.
 
     Args:
         operator: the name of a public operator such as ``"margin_softmax_loss"``.
         tensors: the call's tensors; without any, only the installation is looked at.
+        architecture: a compute capability such as 90 for 9.0: what would serve tensors like these on such a GPU with
+            what is installed here, wherever they are and whether or not this machine has one.
 
     Returns:
-        One ``Choice(backend, chosen, reason)`` per backend, in the order of preference.
+        One ``Choice(backend, chosen, reason)`` per backend, in the order of preference for this operator.
 
     Raises:
         ValueError: there is no such operator.
@@ -96,8 +110,11 @@ def explain(operator: str, *tensors: Tensor) -> list[Choice]:
         names = ", ".join(sorted({*reference.KERNELS, *SERVED_BY}))
         raise ValueError(f"operator must be one of {names}, got {operator!r}")
     chosen, wanted, choices = False, _wanted.get(), []
-    for backend in BACKENDS.values():
-        reason = backend.reason_against(operator, tensors)
+    for backend in preference(operator):
+        if architecture is None:
+            reason = backend.reason_against(operator, tensors)
+        else:
+            reason = backend.on_gpu(operator, tensors, architecture)
         if reason is None and wanted is not None and backend.name != wanted:
             reason = f"use_backend({wanted!r}) is in force"
         choices.append(Choice(backend.name, reason is None and not chosen, reason))
@@ -112,7 +129,7 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         RuntimeError: the backend asked for by ``use_backend`` cannot; the message lists every backend's reason.
     """
     wanted = _wanted.get()
-    for backend in BACKENDS.values() if wanted is None else (BACKENDS[wanted],):
+    for backend in preference(operator) if wanted is None else (BACKENDS[wanted],):
         if backend.unavailable() is not None:
             if wanted is None:
                 backend.passed_over(tensors)

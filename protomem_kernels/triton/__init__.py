@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NOT_INSTALLED = "triton is not installed (pip install triton; it exists for Linux and comes with CUDA builds of torch)"
+
 # operator -> the module in this folder that holds it
 OPERATORS: dict[str, str] = {
     "aggregate_prototypes": "aggregate_prototypes",
@@ -58,7 +60,7 @@ _has_gpu = functools.cache(torch.cuda.is_available)
 def unavailable() -> str | None:
     """Return why no call can be served here, or None if some can."""
     if not _is_installed():
-        return "triton is not installed (pip install triton; it exists for Linux and comes with CUDA builds of torch)"
+        return NOT_INSTALLED
     if not interpreted() and not _has_gpu():
         return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
     return None
@@ -70,3 +72,12 @@ def refuses(operator: str, tensors: Sequence[Tensor]) -> str | None:
         if not tensor.is_cuda and not (tensor.is_cpu and interpreted()):
             return f"serves tensors on a GPU, got one on {tensor.device}"
     return None
+
+
+def on_gpu(operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:
+    """Return why such tensors on a GPU of this compute capability, 90 for 9.0, could not be served, or None."""
+    if not _is_installed():
+        return NOT_INSTALLED
+    if operator not in OPERATORS:
+        return f"has no kernel for {operator}"
+    return None if architecture >= 80 else f"serves sm_80 and newer, and this is sm_{architecture}"

@@ -13,11 +13,17 @@ from torch.overrides import TorchFunctionMode
 from protomem_kernels import triton
 from protomem_kernels.ops.dispatch import BACKENDS
 
+# The CUDA kernels can be built so that they run on the CPU, in one of the modes of tests/cuda_host.
+if "PROTOMEM_CUDA_HOST_BACKEND" in os.environ:
+    from tests.cuda_host import operators
+
+    operators.install(os.environ["PROTOMEM_CUDA_HOST_BACKEND"])
+
 # The backends that serve CPU tensors here: Triton does in its interpreter alone (TRITON_INTERPRET=1), GPU or not.
 AVAILABLE = [
     name
     for name, backend in BACKENDS.items()
-    if backend.unavailable() is None and (name != "triton" or triton.interpreted())
+    if backend.unavailable() is None and backend.refuses("", [torch.zeros(1)]) is None
 ]
 
 # Where there is a GPU the contract suites run on it too, once per backend that serves its tensors. Elsewhere the CPU

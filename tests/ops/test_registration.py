@@ -144,7 +144,7 @@ def test_compiled_operators_equal_eager(backend: str) -> None:
 
 def test_explain_names_every_backend_and_a_reason() -> None:
     choices = pmk.explain("margin_softmax_loss", torch.zeros(2, 2))
-    assert [choice.backend for choice in choices] == list(dispatch.BACKENDS)
+    assert [choice.backend for choice in choices] == ["triton", "cuda", "cpu", "reference"]
     assert sum(choice.chosen for choice in choices) == 1
     for choice in choices:  # no reason: it could serve the call too
         assert (choice.reason is None) == (dispatch.BACKENDS[choice.backend].unavailable() is None)

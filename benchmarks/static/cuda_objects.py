@@ -1,0 +1,151 @@
+"""What nvcc made of the kernels of csrc/cuda: read out of the built library, which needs no GPU and runs nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from benchmarks.static.counting import INSTRUCTION, LOCAL, RESOURCES, TENSOR_CORES
+from benchmarks.static.gpus import LIMITS, occupancy
+from protomem_kernels import cuda
+
+SYSTEM_SHARED = 1024  # bytes that sm_90 and newer keep for themselves in a block that has any, and cuobjdump counts
+TYPES = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+ARGUMENT = re.compile(r"f|d|6__half|13__nv_bfloat16|Lb([01])E|Li(\d+)E")
+LOADS_16, STORES_16 = re.compile(r"LDG.*\.128"), re.compile(r"STG.*\.128")
+IN_FILE = re.compile(r"arch = sm_(\d+)|Function (?:: )?(\w+)")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code for one architecture."""
+
+    name: str  # with its template arguments: sum_kernel<fp32, true>
+    arch: int
+    registers: int  # per thread
+    stack: int  # bytes of local memory per thread
+    shared: int  # bytes per block, static, without the system's own
+    codes: Counter[str]  # instruction -> how often it stands in the code
+
+    def count(self, pattern: str | re.Pattern[str]) -> int:
+        return sum(times for code, times in self.codes.items() if re.match(pattern, code))
+
+    @property
+    def spills(self) -> int:
+        return self.count(LOCAL)
+
+
+def cuobjdump() -> str | None:
+    """Return the path of the tool: from its PyPI package, which brings nvdisasm beside it, or on the PATH."""
+    try:
+        for file in files("nvidia-cuda-cuobjdump") or []:
+            path = Path(str(file.locate()))
+            if path.name == "cuobjdump" and path.exists():
+                path.chmod(path.stat().st_mode | 0o111)
+                (path.parent / "nvdisasm").chmod(0o755)
+                return str(path)
+    except PackageNotFoundError:
+        pass
+    return shutil.which("cuobjdump")
+
+
+def unavailable() -> str | None:
+    """Return why nothing can be read here, or None."""
+    if cuda.BUILD is None:
+        return f"no CUDA part: {cuda.no_code_for(80)}"
+    return None if cuobjdump() else "there is no cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)"
+
+
+def readable(mangled: str) -> str:
+    """Return a kernel's name with its template arguments.
+
+    >>> readable("_ZN8protomem4cuda10sum_kernelI6__halfLb1EEEvNS_6MatrixE")
+    'sum_kernel<fp16, true>'
+    """
+    found = re.match(r"_ZN8protomem4cuda(?:12_GLOBAL__N_1)?(\d+)", mangled)
+    if found is None:
+        return mangled
+    start, length = found.end(), int(found[1])
+    name, rest = mangled[start : start + length], mangled[start + length :]
+    arguments, at = [], 1
+    while rest.startswith("I") and (argument := ARGUMENT.match(rest, at)):
+        flag, number = argument.groups()
+        arguments.append(number or (("false", "true")[int(flag)] if flag else TYPES[argument[0]]))
+        at = argument.end()
+    return f"{name}<{', '.join(arguments)}>" if arguments else name
+
+
+def read(library: Path = cuda.LIBRARY) -> list[Compiled]:
+    """Return every kernel of the library on every architecture it has machine code for."""
+    resources = {}
+    for arch, function, text in _functions(library, "-res-usage"):
+        registers, stack, shared, local = map(int, RESOURCES.search(text).groups())  # type: ignore[union-attr]
+        resources[arch, function] = registers, stack + local, max(0, shared - (SYSTEM_SHARED if arch >= 90 else 0))
+    return [
+        Compiled(readable(function), arch, *resources[arch, function], Counter(INSTRUCTION.findall(text)))
+        for arch, function, text in _functions(library, "-sass")
+    ]
+
+
+def _functions(library: Path, option: str) -> Iterable[tuple[int, str, str]]:
+    command = [str(cuobjdump()), option, str(library)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    marks, arch = list(IN_FILE.finditer(text)), 0
+    for mark, after in zip(marks, [*marks[1:], None], strict=True):
+        if mark[1]:
+            arch = int(mark[1])
+        else:
+            yield arch, mark[2], text[mark.end() : after.start() if after else len(text)]
+
+
+def section(kernels: Iterable[Compiled], threads: dict[str, int]) -> str:
+    """Return the report's part on them; ``threads`` of a block by kernel, from csrc/cuda."""
+    rows = [
+        "## The CUDA C++ kernels",
+        "From the library as built. **loads**, **stores**, **cp.async**: instructions that move 16 bytes, and all of\n"
+        "their kind. **atomics**: on global memory, all of integers. Shared memory is what is declared in the source.",
+        "| kernel | sm | registers | spills | shared, KiB | occupancy | 16-byte loads | 16-byte stores | cp.async |"
+        " atomics | tensor cores |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+        + "\n".join(_row(kernel, threads) for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch))),
+    ]
+    return "\n\n".join(rows)
+
+
+def _row(kernel: Compiled, threads: dict[str, int]) -> str:
+    block = threads.get(kernel.name.split("<")[0])
+    share = ""
+    if block is not None and kernel.arch in LIMITS:
+        resident = occupancy(kernel.arch, registers=kernel.registers, shared=kernel.shared, warps=block // 32)
+        share = f"{100 * resident:.0f} %"
+    cells = [
+        kernel.name,
+        kernel.arch,
+        kernel.registers,
+        kernel.spills,
+        f"{kernel.shared / 1024:.1f}",
+        share,
+        f"{kernel.count(LOADS_16)} of {kernel.count('LDG')}",
+        f"{kernel.count(STORES_16)} of {kernel.count('STG')}",
+        kernel.count("LDGSTS"),
+        kernel.count("ATOMG|RED|ATOM\\."),
+        kernel.count(TENSOR_CORES) or "none",
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def threads_of_blocks(sources: Path) -> dict[str, int]:
+    """Return how many threads a block of each kernel has at most, as csrc/cuda declares it."""
+    found = {}
+    for file in sorted(sources.glob("*.cuh")):
+        text = file.read_text(encoding="utf-8")
+        numbers = dict(re.findall(r"(\w+_threads) = (\d+)", text))
+        for threads, name in re.findall(r"KERNEL\((\w+)[^)]*\)\s+void (\w+)", text):
+            if threads in numbers:
+                found[name] = int(numbers[threads])
+    return found

@@ -1,0 +1,139 @@
+#include "hardest_negatives.cuh"
+
+#include <algorithm>
+#include <tuple>
+
+#include "matrix.cuh"
+
+namespace protomem::cuda {
+namespace {
+
+constexpr int64_t scratch_bytes = int64_t{64} << 20;  // of candidates at a time
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets,
+                                   const OptionalTensor& occupied, int64_t k, bool normalize_prototypes) {
+  check_columns(x);
+  const OnDevice device(x);
+  const int64_t B = x.size(0), D = x.size(1), M = prototypes.size(0);
+  STD_TORCH_CHECK(k < (int64_t{1} << 31) / group_slots, "k must be less than 2^24, got ", k);
+  Tensor cosines = empty(x, {B, k}, ScalarType::Float), slots = empty(x, {B, k}, ScalarType::Long);
+  if (B == 0 || M == 0) {
+    torch::stable::fill_(cosines, -std::numeric_limits<double>::infinity());
+    torch::stable::fill_(slots, -1);
+    return {cosines, slots};
+  }
+  const int64_t groups = (M + group_slots - 1) / group_slots, chosen = std::min(k, groups), found = std::min(k, M);
+  const Processors processors(x);
+  with_factor(prototypes, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<const T> rows = rows_of<T>(prototypes);
+    auto fill = [&](HardestInputs& args) {
+      args.batch = B;
+      args.capacity = M;
+      args.groups = groups;
+      args.dim = static_cast<int>(D);
+      args.x = rows_of<float>(x);
+      args.targets = slots_of(targets, "targets", M);
+      args.occupied = strided<bool>(occupied);
+    };
+
+    Tensor best = empty(x, {B, chosen}, ScalarType::Int);
+    const int* best_ptr = nullptr;
+    if (chosen < groups) {
+      HardestMaxima args;
+      fill(args);
+      Tensor maxima = empty(x, {B, groups}, ScalarType::Float);
+      const OptionalTensor inverse = inverse_lengths(prototypes, normalize_prototypes, device.stream());
+      args.prototypes = {rows.data, rows.row_stride, rows.column_stride, 0};
+      args.inverse_ptr = inverse ? data<float>(*inverse) : nullptr;
+      args.maxima_ptr = data<float>(maxima);
+      with_shape<MaximaTask, T, 16>(D, aligned_rows(rows, M), processors, [&](auto shape) {
+        using S = decltype(shape);
+        const unsigned row_blocks = blocks(B, S::ROWS);
+        const Splits splits(M, row_blocks, processors.count, group_slots);
+        args.per_split = splits.size;
+        LAUNCH(hardest_maxima_kernel<S>, dim3(row_blocks, static_cast<unsigned>(splits.count)), S::THREADS,
+               Layout<MaximaTask<S>>::BYTES, device.stream(), args);
+      });
+      LAUNCH(hardest_groups_kernel, blocks(B, 1), selection_threads, 0, device.stream(), args.maxima_ptr, groups,
+             static_cast<int>(chosen), data<int>(best));
+      best_ptr = data<int>(best);
+    }
+
+    const int64_t together = std::clamp<int64_t>(scratch_bytes / (chosen * group_slots * 4), 1, B);
+    Tensor candidates = empty(x, {together, chosen * group_slots}, ScalarType::Float);
+    Tensor columns = empty(x, {together, found}, ScalarType::Int);
+    for (int64_t first = 0; first < B; first += together) {
+      HardestCandidates<T> args;
+      fill(args);
+      args.prototypes = rows;
+      args.aligned = aligned_rows(args.x, B) && aligned_rows(rows, M);
+      args.normalize = normalize_prototypes;
+      args.best_ptr = best_ptr;
+      args.first_row = first;
+      args.chosen = static_cast<int>(chosen);
+      args.candidates_ptr = data<float>(candidates);
+      const unsigned here = blocks(std::min(together, B - first), 1);
+      LAUNCH(hardest_candidates_kernel<T>, blocks(here * chosen, 1), candidate_threads, 0, device.stream(), args);
+
+      HardestResult result;
+      fill(result);
+      result.best_ptr = best_ptr;
+      result.first_row = first;
+      result.chosen = static_cast<int>(chosen);
+      result.found = static_cast<int>(found);
+      result.k = static_cast<int>(k);
+      result.candidates_ptr = data<float>(candidates);
+      result.columns_ptr = data<int>(columns);
+      result.cosines_ptr = data<float>(cosines);
+      result.slots_ptr = data<int64_t>(slots);
+      LAUNCH(hardest_result_kernel, here, selection_threads, 0, device.stream(), result);
+    }
+  });
+  return {cosines, slots};
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_cosines, const Tensor& x, const Tensor& prototypes,
+                                    const Tensor& slots, bool normalize_prototypes, bool need_prototypes) {
+  check_columns(x);
+  const OnDevice device(x);
+  const int64_t B = x.size(0), D = x.size(1), M = prototypes.size(0), k = slots.size(1);
+  const Tensor grad = torch::stable::contiguous(grad_cosines), chosen = torch::stable::contiguous(slots);
+  Tensor grad_x = empty(x, {B, D}, ScalarType::Float);
+  Tensor grad_prototypes =
+      empty(prototypes, {need_prototypes ? M : 0, need_prototypes ? D : 0}, prototypes.scalar_type());
+  with_factor(prototypes, [&](auto zero) {
+    using T = decltype(zero);
+    HardestGradient<T> args;
+    args.grad = rows_of<float>(grad);
+    args.prototypes = rows_of<T>(prototypes);
+    args.slots = slots_of(chosen, "slots", M);
+    args.aligned = aligned_rows(args.prototypes, M);
+    args.normalize = normalize_prototypes;
+    args.dim = static_cast<int>(D);
+    args.k = static_cast<int>(k);
+    args.grad_x_ptr = data<float>(grad_x);
+    LAUNCH(hardest_gradient_kernel<T>, blocks(B, 1), candidate_threads, 0, device.stream(), args);
+    if (need_prototypes) {
+      add_chosen_rows<T>(grad_prototypes, grad, chosen, x, prototypes, normalize_prototypes, device.stream());
+    }
+  });
+  return {grad_x, grad_prototypes};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(PROTOMEM_OPERATORS, m) {
+  m.def(
+      "hardest_negatives(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, SymInt k,"
+      " bool normalize_prototypes) -> (Tensor cosines, Tensor slots)");
+  m.def(
+      "hardest_negatives_backward(Tensor grad_cosines, Tensor x, Tensor prototypes, Tensor slots,"
+      " bool normalize_prototypes, bool need_prototypes) -> (Tensor grad_x, Tensor grad_prototypes)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(PROTOMEM_OPERATORS, PROTOMEM_DEVICE, m) {
+  m.impl("hardest_negatives", TORCH_BOX(&forward));
+  m.impl("hardest_negatives_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace
+}  // namespace protomem::cuda
