@@ -74,6 +74,17 @@ def test_ties_go_to_the_lower_slot(backend: str, data: st.DataObject) -> None:
 
 
 @each_backend
+def test_an_infinite_row_has_no_negatives(backend: str) -> None:
+    """Below the unit rows of the public function, an infinite entry can make an infinite cosine instead of NaN."""
+    x = torch.tensor([[float("inf"), 0.0], [1.0, 0.0]])
+    nobody = torch.tensor([-1, -1])
+    with pmk.use_backend(backend):
+        cosines, slots = torch.ops.protomem.hardest_negatives(x, torch.eye(2), nobody, None, 1, False)
+    assert cosines[:, 0].isnan().tolist() == [True, False]
+    assert slots[:, 0].tolist() == [-1, 0]
+
+
+@each_backend
 def test_ties_across_tiles(backend: str) -> None:
     w = torch.eye(2).repeat(4000, 1)  # even slots tie at cosine 1 for the first query
     with pmk.use_backend(backend):
