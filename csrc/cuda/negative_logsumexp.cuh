@@ -2,16 +2,15 @@
 //
 // With x_i a unit embedding (i < B), w_j a prototype (j < M), cos_ij = x_i . w_j and s the scale,
 //
-//     h_ij = cos_ij where cos_ij <= tau_i, else a cos_ij + b + g cos_ij^2       (the hard-negative form, if there is
-//     one) n_i  = log sum over the negatives j of exp(s h_ij)                         (-inf if there are none) o_i  =
-//     dn_i/dx_i = s sum_j q_ij h'_ij w_j,   q_ij = exp(s h_ij - n_i) dL/dw_j = sum_i (dL/dn_i s q_ij h'_ij + [j is i's
-//     target] dL/dc_i) x_i,    c_i = cos at the target.
+//   h_ij = cos_ij where cos_ij <= tau_i, else a cos_ij + b + g cos_ij^2       (the hard-negative form, if there is one)
+//   n_i  = log sum over the negatives j of exp(s h_ij)                        (-inf if there are none)
+//   o_i  = dn_i/dx_i = s sum_j q_ij h'_ij w_j,   q_ij = exp(s h_ij - n_i)
+//   dL/dw_j = sum_i (dL/dn_i s q_ij h'_ij + [j is i's target] dL/dc_i) x_i,    c_i = cos at the target.
 //
 // **Forward**, two launches (three if prototypes are scaled to unit length: their inverse lengths come first):
 //   stream     samples resident, one split of the memory passes by: per sample the sum of e^{s h - shift}, and o next
-//   to
-//              it, the sum of e^{s h - shift} h' w. The shift is the fixed offset, or a running maximum per row where
-//              no constant will do, and for float16, which holds no exponential below 2^-24.
+//              to it, the sum of e^{s h - shift} h' w. The shift is the fixed offset, or a running maximum per row
+//              where no constant will do, and for float16, which holds no exponential below 2^-24.
 //   reduction  a block per sample adds up the splits in order, gathers the target's row, and writes n, o, c.
 // **Backward**, class-stationary: slots resident, the batch passes by, a tile's gradient is complete when written. One
 // launch, before it one that cuts x into 16-bit halves (not for float32), and the inverse lengths if need be.
