@@ -11,7 +11,7 @@ PROTOMEM_CUDA_HOST_BACKEND names a mode.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,18 +26,21 @@ SOURCES = build.ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 
 
-def build_library(mode: str, sources: Path = SOURCES, folder: Path = build.FOLDER, namespace: str = "") -> Path:
+def build_library(
+    mode: str, sources: Path = SOURCES, folder: Path = build.FOLDER, namespace: str = "", flags: Sequence[str] = ()
+) -> Path:
     """Compile every .cu file of a folder and the runtime into one library; its namespace is protomem_cuda_<mode>."""
     everywhere, kernels_alone, linker = build.MODES[mode]
     glue = ["-x", "c++", "-std=c++20", "-isystem", str(TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     glue += [f"-DPROTOMEM_OPERATORS={namespace or f'protomem_cuda_{mode}'}"]
-    objects = []
+    jobs = []
     for source in sorted(sources.glob("*.cu")):
-        command = [build.COMPILER, *build.FLAGS, *everywhere, *kernels_alone, *glue, "-c", str(source)]
-        objects.append(str(build.make(folder / mode / f"{source.stem}.cu.o", command)))
+        command = [build.COMPILER, *build.FLAGS, *everywhere, *kernels_alone, *glue, *flags, "-c", str(source)]
+        jobs.append((folder / mode / f"{source.stem}.cu.o", command))
     for name in build.RUNTIME[mode]:
         command = [build.COMPILER, *build.FLAGS, *everywhere, "-c", str(build.HERE / name)]
-        objects.append(str(build.make(build.FOLDER / mode / f"{Path(name).stem}.o", command)))
+        jobs.append((build.FOLDER / mode / f"{Path(name).stem}.o", command))
+    objects = build.make_all(jobs)
     command = [build.COMPILER, "-shared", *linker, *objects, "-ldl", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     return build.make(folder / mode / "operators.so", command, objects)
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from protomem_kernels import reference
-from tests.cuda_host import build
 from tests.cuda_host.batch_checks import (
     HISTORY,
-    Kernels,
     aggregate_matches,
     batch,
     enqueue_matches,
@@ -26,50 +19,47 @@ from tests.cuda_host.batch_checks import (
     rows_and_identities,
     sums_in_batch_order,
 )
-from tests.cuda_host.operators import SOURCES, build_library, load, open_library
-
-
-class Fault(NamedTuple):
-    """``old`` becomes ``new`` in a file of csrc; built in ``mode``, the checks must fail for the operator."""
-
-    operator: str
-    file: str
-    old: str
-    new: str
-    mode: str = "plain"
-
+from tests.cuda_host.mutants import Fault, notices
+from tests.cuda_host.operators import Operators
 
 AGGREGATE, ENQUEUE = "cuda/aggregate_prototypes.cuh", "cuda/enqueue.cuh"
 ROWS, TICKET, RANKS = "common/cuda/rows.cuh", "common/cuda/ticket.cuh", "cuda/ranks.cuh"
 FAULTS = {
     "aggregate: no barrier after the tile's lengths": Fault(
-        "aggregate",
+        "aggregate_prototypes",
         AGGREGATE,
         "    __syncthreads();\n    for (int k = 0; k < tile; k++) {",
         "    for (int k = 0; k < tile; k++) {",
         "race",
     ),
     "aggregate: no barrier before the next tile": Fault(
-        "aggregate", AGGREGATE, "__syncthreads();  // the tile before has been added up", "", "race"
+        "aggregate_prototypes", AGGREGATE, "__syncthreads();  // the tile before has been added up", "", "race"
     ),
     "aggregate: the flags of a block's own position counted": Fault(
-        "aggregate", AGGREGATE, "flags_before(flags.x, position - at)", "flags_before(flags.x, position - at + 1)"
+        "aggregate_prototypes",
+        AGGREGATE,
+        "flags_before(flags.x, position - at)",
+        "flags_before(flags.x, position - at + 1)",
     ),
-    "aggregate: the weight of a bad sample": Fault("aggregate", AGGREGATE, "weight > 0 && ", "weight == weight && "),
+    "aggregate: the weight of a bad sample": Fault(
+        "aggregate_prototypes", AGGREGATE, "weight > 0 && ", "weight == weight && "
+    ),
     "aggregate: one identity too many": Fault(
-        "aggregate", AGGREGATE, "number >= rows) return", "number > rows) return"
+        "aggregate_prototypes", AGGREGATE, "number >= rows) return", "number > rows) return"
     ),
     "backward: the direction along the embedding stays": Fault(
-        "aggregate", AGGREGATE, "t - along * by_size(e[i])", "t + along * by_size(e[i])"
+        "aggregate_prototypes", AGGREGATE, "t - along * by_size(e[i])", "t + along * by_size(e[i])"
     ),
     "backward: an index past the rows": Fault(
-        "aggregate", AGGREGATE, "row >= prototypes.rows", "row > prototypes.rows + (1ll << 50)", "sanitized"
+        "aggregate_prototypes", AGGREGATE, "row >= prototypes.rows", "row > prototypes.rows + (1ll << 50)", "sanitized"
     ),
     "rows: one column past the tail": Fault(
         "enqueue", ROWS, "if (column < D) f(group", "if (column <= D) f(group", "race"
     ),
-    "rows: unaligned rows read as vectors": Fault("aggregate", ROWS, "x.cols % WIDTH == 0 &&", "", "plain"),
-    "ranks: later equals counted": Fault("aggregate", RANKS, "same && other < row + r", "same && other > row + r"),
+    "rows: unaligned rows read as vectors": Fault("aggregate_prototypes", ROWS, "x.cols % WIDTH == 0 &&", "", "plain"),
+    "ranks: later equals counted": Fault(
+        "aggregate_prototypes", RANKS, "same && other < row + r", "same && other > row + r"
+    ),
     "ticket: no fence before it": Fault(
         "enqueue", TICKET, "__threadfence();  // what this thread wrote comes before the ticket,", "", "race"
     ),
@@ -130,8 +120,9 @@ FAULTS = {
 }
 
 
-def check(operator: str, kernels: Kernels) -> None:
-    if operator == "aggregate":
+def check(operator: str, operators: Operators) -> None:
+    kernels = operators.kernels
+    if operator == "aggregate_prototypes":
         sums_in_batch_order(kernels)
         for size, dim, people in ((90, 6, 1), (23, 9, 20)):
             e, labels, weights = batch(size, dim, people)
@@ -153,44 +144,16 @@ def check(operator: str, kernels: Kernels) -> None:
     lru_matches(kernels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_noticed(name: str, mode: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     if fault.mode != mode:
         pytest.skip(f"built for the mode {fault.mode}")
-    csrc = tmp_path / "csrc"
-    shutil.copytree(SOURCES.parent, csrc, ignore=shutil.ignore_patterns("cpu"))
-    source = {"aggregate": "aggregate_prototypes.cu", "enqueue": "enqueue.cu"}[fault.operator]
-    for other in (csrc / "cuda").glob("*.cu"):
-        if other.name != source:
-            other.unlink()
-    text = (csrc / fault.file).read_text(encoding="utf-8")
-    assert text.count(fault.old) >= 1, f"not there any more: {fault.old}"
-    (csrc / fault.file).write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    library = build_library(mode, csrc / "cuda", tmp_path / "built", "protomem_mutant")
-    # In a process of its own, which a fault may end.
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.cuda_host.test_batch_mutants", fault.operator, str(library)]
-    process = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True)
-    assert "checks begin" in process.stdout, process.stderr
-    assert process.returncode != 0, "nothing noticed"
+    assert notices(__name__, fault.operator, fault, mode, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", ["aggregate", "enqueue"])
-def test_the_checks_pass_without_a_fault(operator: str, mode: str) -> None:
-    check(operator, load(mode).kernels)
-
-
-def main(operator: str, library: str) -> None:
-    """Run the checks on a library, with three orders of blocks and threads."""
-    operators = open_library(Path(library), "protomem_mutant")
-    print("checks begin", flush=True)
-    for seed in range(3):
-        operators.seed(seed)
-        check(operator, operators.kernels)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+@pytest.mark.parametrize("operator", sorted({fault.operator for fault in FAULTS.values()}))
+def test_the_checks_pass_without_a_fault(operator: str, mode: str, tmp_path: Path) -> None:
+    if not any((fault.operator, fault.mode) == (operator, mode) for fault in FAULTS.values()):
+        pytest.skip("has no fault in this mode")
+    assert not notices(__name__, operator, None, mode, tmp_path)

@@ -34,15 +34,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-@pytest.fixture(params=range(3))
-def operators(mode: str, request: pytest.FixtureRequest) -> Operators:
-    if mode == "sanitized" and request.param > 0:
-        pytest.skip("what the sanitizers see does not depend on the order")
-    operators = load(mode)
-    operators.seed(request.param)
-    return operators
-
-
 @each_dtype
 @each_layout
 @pytest.mark.parametrize(
@@ -50,7 +41,7 @@ def operators(mode: str, request: pytest.FixtureRequest) -> Operators:
     [(45, 9, 14, 45), (17, 3, 4, 2), (3, 1, 9, 20), (90, 16, 1, 8), (5, 1000, 3, None), (0, 5, 1, 3), (1, 1, 1, None)],
 )
 def test_aggregate(
-    operators: Operators,
+    ops: Operators,
     dtype: torch.dtype,
     layout: Callable[[Tensor], Tensor],
     size: int,
@@ -61,25 +52,25 @@ def test_aggregate(
     for normalize, weighted in ((True, True), (True, False), (False, True)):
         e, labels, weights = batch(size, dim, people, dtype)
         given = layout(weights) if weighted else None
-        aggregate_matches(operators.kernels, layout(e), layout(labels), given, normalize, rows)
+        aggregate_matches(ops.kernels, layout(e), layout(labels), given, normalize, rows)
 
 
-def test_samples_are_added_in_batch_order(operators: Operators) -> None:
-    sums_in_batch_order(operators.kernels)
+def test_samples_are_added_in_batch_order(ops: Operators) -> None:
+    sums_in_batch_order(ops.kernels)
 
 
-def test_aggregate_meets_wild_values(operators: Operators) -> None:
+def test_aggregate_meets_wild_values(ops: Operators) -> None:
     """What a GPU meets without PROTOMEM_DEBUG=1: bad weights count as 0, identities past the rows get no row."""
     e, labels = torch.randn(6, 3), torch.tensor([8, 3, 5, 3, 9, 8])
     weights = torch.tensor([float("nan"), -3.0, 1.0, 2.0, float("inf"), -float("inf")])
-    aggregate_matches(operators.kernels, e, labels, weights, True, 3)
+    aggregate_matches(ops.kernels, e, labels, weights, True, 3)
     e[2, 1], e[5, 0] = float("inf"), float("nan")
-    aggregate_matches(operators.kernels, e, labels.int(), weights, True, 3)
-    prototypes, _, index, mass, norm = operators.kernels["aggregate_prototypes"](e, labels, weights, True, 3)
+    aggregate_matches(ops.kernels, e, labels.int(), weights, True, 3)
+    prototypes, _, index, mass, norm = ops.kernels["aggregate_prototypes"](e, labels, weights, True, 3)
     wild = torch.where(index < 0, 2**40, index)
     wild[5] = -(2**40)
     grads = [
-        operators.kernels["aggregate_prototypes_backward"](
+        ops.kernels["aggregate_prototypes_backward"](
             torch.ones(3, 3), torch.ones(3), e, weights, given, prototypes, mass, norm, True
         )
         for given in (wild, torch.where(wild.abs() < 3, wild, -1))
@@ -90,10 +81,10 @@ def test_aggregate_meets_wild_values(operators: Operators) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-25, 1e25, 1e38])
-def test_aggregate_of_rows_whose_squares_leave_float32(operators: Operators, size: float) -> None:
+def test_aggregate_of_rows_whose_squares_leave_float32(ops: Operators, size: float) -> None:
     e, labels, weights = batch(9, 5, 3)
     e = e / e.abs().amax() * size
-    kernel = operators.kernels["aggregate_prototypes"]
+    kernel = ops.kernels["aggregate_prototypes"]
     ours, truth = kernel(e, labels, weights, True, 9), kernel(e.double(), labels, weights, True, 9)
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=1e-6)
 
@@ -102,19 +93,17 @@ def test_aggregate_of_rows_whose_squares_leave_float32(operators: Operators, siz
 @each_layout
 @each_policy
 @pytest.mark.parametrize("dim", [9, 16])
-def test_enqueue(
-    operators: Operators, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], policy: str, dim: int
-) -> None:
-    enqueue_matches(operators.kernels, HISTORY, policy, dim, dtype, layout)
+def test_enqueue(ops: Operators, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], policy: str, dim: int) -> None:
+    enqueue_matches(ops.kernels, HISTORY, policy, dim, dtype, layout)
 
 
 @each_policy
-def test_enqueue_into_several_blocks(operators: Operators, policy: str) -> None:
+def test_enqueue_into_several_blocks(ops: Operators, policy: str) -> None:
     capacity = 4100
     ours, theirs = full_memory(capacity), full_memory(capacity)
     for step in range(3):
         rest = (*rows_and_identities(capacity, [300, 700, 1][step]), 0.2, policy, True)
-        outputs = [k["enqueue_"](*s, *rest) for k, s in ((operators.kernels, ours), (reference.KERNELS, theirs))]
+        outputs = [k["enqueue_"](*s, *rest) for k, s in ((ops.kernels, ours), (reference.KERNELS, theirs))]
         for a, b in zip((*outputs[0], *ours), (*outputs[1], *theirs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -133,22 +122,20 @@ def test_ring_longer_than_one_window(mode: str) -> None:
     assert torch.equal(ours.cursor, theirs.cursor)
 
 
-def test_lru_selects_exactly(operators: Operators) -> None:
-    lru_matches(operators.kernels)
+def test_lru_selects_exactly(ops: Operators) -> None:
+    lru_matches(ops.kernels)
 
 
 @each_policy
 @pytest.mark.parametrize("cursor", [-3, 2**40 + 1, 5, 6])
-def test_enqueue_survives_a_memory_that_breaks_its_invariants(operators: Operators, policy: str, cursor: int) -> None:
+def test_enqueue_survives_a_memory_that_breaks_its_invariants(ops: Operators, policy: str, cursor: int) -> None:
     """An identity in two slots, a row that is not finite, a cursor that is nowhere: all stays within the tensors."""
     state = pmk.MemoryState.empty(7, 2)
     state.identities.copy_(torch.tensor([5, 6, 5, -1, 5, 8, 9]))
     state.prototypes.fill_(1.0)
     state.prototypes[4] = float("nan")
     state.cursor.fill_(cursor)
-    slots, *_ = operators.kernels["enqueue_"](
-        *state, torch.ones(6, 2), torch.tensor([5, 1, 2, 3, 4, 6]), 0.5, policy, False
-    )
+    slots, *_ = ops.kernels["enqueue_"](*state, torch.ones(6, 2), torch.tensor([5, 1, 2, 3, 4, 6]), 0.5, policy, False)
     assert slots[0] == 4  # the highest slot counts, and the row that came in replaces what was broken
     assert sorted(slots.tolist()) == sorted(set(slots.tolist()))
     assert state.identities[slots].tolist() == [5, 1, 2, 3, 4, 6]
@@ -160,9 +147,9 @@ def test_enqueue_survives_a_memory_that_breaks_its_invariants(operators: Operato
 
 
 @each_policy
-def test_enqueue_of_the_memory_s_own_rows(operators: Operators, policy: str) -> None:
+def test_enqueue_of_the_memory_s_own_rows(ops: Operators, policy: str) -> None:
     made = []
-    for kernels in (operators.kernels, reference.KERNELS):
+    for kernels in (ops.kernels, reference.KERNELS):
         state = pmk.MemoryState.empty(6, 2)
         reference.KERNELS["enqueue_"](*state, torch.arange(10.0).view(5, 2) + 1, torch.arange(5), 0.2, policy, False)
         kernels["enqueue_"](*state, state.prototypes[:4], 20 - state.identities[:4], 0.2, policy, False)
@@ -172,17 +159,15 @@ def test_enqueue_of_the_memory_s_own_rows(operators: Operators, policy: str) -> 
 
 
 @pytest.mark.parametrize("size", [3e38, 1e-44])
-def test_enqueue_of_rows_whose_squares_leave_float32(operators: Operators, size: float) -> None:
+def test_enqueue_of_rows_whose_squares_leave_float32(ops: Operators, size: float) -> None:
     state = pmk.MemoryState.empty(4, 3)
-    operators.kernels["enqueue_"](*state, torch.full((1, 3), size), torch.tensor([LAST]), 0.2, "fifo", False)
+    ops.kernels["enqueue_"](*state, torch.full((1, 3), size), torch.tensor([LAST]), 0.2, "fifo", False)
     torch.testing.assert_close(state.prototypes[0], torch.full((3,), 3**-0.5))
 
 
-def test_an_empty_batch_ticks_the_clock(operators: Operators) -> None:
+def test_an_empty_batch_ticks_the_clock(ops: Operators) -> None:
     state = pmk.MemoryState.empty(4, 3)
-    outputs = operators.kernels["enqueue_"](
-        *state, torch.empty(0, 3), torch.empty(0, dtype=torch.int64), 0.2, "lru", True
-    )
+    outputs = ops.kernels["enqueue_"](*state, torch.empty(0, 3), torch.empty(0, dtype=torch.int64), 0.2, "lru", True)
     assert [tuple(output.shape) for output in outputs] == [(0,), (0,), (0,), (0, 3)]
     assert int(state.clock) == 1
 
@@ -208,16 +193,16 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(mode: str, policy: str) 
 @pytest.mark.parametrize(
     ("operator", "policy", "launches"), [("aggregate", "", 2), ("enqueue", "fifo", 3), ("enqueue", "lru", 11)]
 )
-def test_number_of_launches(operators: Operators, operator: str, policy: str, launches: int) -> None:
+def test_number_of_launches(ops: Operators, operator: str, policy: str, launches: int) -> None:
     """The lru figure is for M = 4100: 3, 7 that narrow down, and 1 that collects; one more past M = 2^19."""
-    before = operators.launches()
+    before = ops.launches()
     if operator == "aggregate":
-        made = operators.kernels["aggregate_prototypes"](*batch(20, 4, 5), True, 20)
-        assert operators.launches() - before == launches
-        operators.kernels["aggregate_prototypes_backward"](
+        made = ops.kernels["aggregate_prototypes"](*batch(20, 4, 5), True, 20)
+        assert ops.launches() - before == launches
+        ops.kernels["aggregate_prototypes_backward"](
             made[0], made[3], *batch(20, 4, 5)[::2], made[2], made[0], *made[3:], True
         )
-        assert operators.launches() - before == launches + 1
+        assert ops.launches() - before == launches + 1
     else:
-        operators.kernels["enqueue_"](*full_memory(4100), *rows_and_identities(4100, 9), 0.2, policy, False)
-        assert operators.launches() - before == launches
+        ops.kernels["enqueue_"](*full_memory(4100), *rows_and_identities(4100, 9), 0.2, policy, False)
+        assert ops.launches() - before == launches

@@ -15,13 +15,6 @@ from tests.ops.cases import assert_as_close_as, strided, unit
 reference = importlib.import_module("protomem_kernels.reference.hardest_negatives")  # hidden by the function
 
 
-@pytest.fixture(params=range(3))
-def ops(mode: str, request: pytest.FixtureRequest) -> operators.Operators:
-    library = operators.load(mode)
-    library.seed(request.param)
-    return library
-
-
 def make(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x, prototypes, targets and occupied, with NaN in empty slots, equal prototypes and a broken embedding."""
     batch, capacity, dim = shape

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.cuda_host import build, test_hardest_negatives, test_negative_logsumexp
-from tests.cuda_host.operators import SOURCES, Operators, build_library, load, open_library
+from tests.cuda_host import test_hardest_negatives, test_negative_logsumexp
+from tests.cuda_host.mutants import Fault, notices
+from tests.cuda_host.operators import Operators
 
-
-class Fault(NamedTuple):
-    """``old`` becomes ``new`` in a file of csrc/cuda; built in ``mode``, the checks must fail for the operator."""
-
-    operator: str
-    file: str
-    old: str
-    new: str
-    mode: str = "plain"
-
-
-STREAM, LOGSUMEXP, HARDEST = "stream.cuh", "negative_logsumexp.cuh", "hardest_negatives.cuh"
+STREAM, LOGSUMEXP, HARDEST = "cuda/stream.cuh", "cuda/negative_logsumexp.cuh", "cuda/hardest_negatives.cuh"
 FAULTS = {
     "stream: no barrier after the parts": Fault(
         "negative_logsumexp", STREAM, "__syncthreads();  // the parts are there", "// the parts are there", "race"
@@ -53,12 +38,12 @@ FAULTS = {
         "negative_logsumexp", STREAM, "i < 2 ? upper : lower", "upper"
     ),
     "factors: another matrix of a fragment": Fault(
-        "negative_logsumexp", "factors.cuh", "column / 8 + lane / 16", "column / 8 + lane / 8 % 2"
+        "negative_logsumexp", "cuda/factors.cuh", "column / 8 + lane / 16", "column / 8 + lane / 8 % 2"
     ),
     "factors: float32 weights where they are not met": Fault(
-        "negative_logsumexp", "factors.cuh", "j / 8 * 8 + j % 2 * 4 + j % 8 / 2", "j"
+        "negative_logsumexp", "cuda/factors.cuh", "j / 8 * 8 + j % 2 * 4 + j % 8 / 2", "j"
     ),
-    "factors: plain tf32": Fault("negative_logsumexp", "factors.cuh", "mma_m16n8k8_tf32(d, a.high, b.low);", ""),
+    "factors: plain tf32": Fault("negative_logsumexp", "cuda/factors.cuh", "mma_m16n8k8_tf32(d, a.high, b.low);", ""),
     "logsumexp: the target is a negative": Fault("negative_logsumexp", LOGSUMEXP, " && column != target_at", ""),
     "logsumexp: one half of x": Fault(
         "negative_logsumexp", LOGSUMEXP, "RESIDENT_TERMS = sizeof(T) == 2 ? 2 : 1", "RESIDENT_TERMS = 1"
@@ -85,7 +70,7 @@ FAULTS = {
         "race",
     ),
     "chosen: every entry of a slot writes": Fault(
-        "hardest_negatives", "chosen_rows.cuh", "(head > 0 && args.sorted_ptr[head - 1] == slot)", "false", "race"
+        "hardest_negatives", "cuda/chosen_rows.cuh", "(head > 0 && args.sorted_ptr[head - 1] == slot)", "false", "race"
     ),
 }
 
@@ -101,44 +86,16 @@ def check(operator: str, ops: Operators) -> None:
         check(ops, make((20, 140, 136), dtype, hard=True, normalize=True, running=True, scale=200.0, seed=2))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_noticed(name: str, mode: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     if fault.mode != mode:
         pytest.skip(f"built for the mode {fault.mode}")
-    csrc = tmp_path / "csrc"
-    shutil.copytree(SOURCES.parent, csrc, ignore=shutil.ignore_patterns("cpu"))
-    for other in (csrc / "cuda").glob("*.cu"):
-        if other.stem != fault.operator:
-            other.unlink()
-    source = csrc / "cuda" / fault.file
-    text = source.read_text(encoding="utf-8")
-    assert text.count(fault.old) >= 1, f"not there any more: {fault.old}"
-    source.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    library = build_library(mode, csrc / "cuda", tmp_path / "built", "protomem_mutant")
-    # In a process of its own, which a fault may end.
-    command = [sys.executable, "-m", "tests.cuda_host.test_matrix_mutants", fault.operator, str(library)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True)
-    assert "checks begin" in process.stdout, process.stderr
-    assert process.returncode != 0, "nothing noticed"
+    assert notices(__name__, fault.operator, fault, mode, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", ["negative_logsumexp", "hardest_negatives"])
-def test_the_checks_pass_without_a_fault(operator: str, mode: str) -> None:
-    check(operator, load(mode))
-
-
-def main(operator: str, library: str) -> None:
-    """Run the checks on a library, with two orders of blocks and threads."""
-    ops = open_library(Path(library), "protomem_mutant")
-    print("checks begin", flush=True)
-    for seed in range(2):
-        ops.seed(seed)
-        check(operator, ops)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+@pytest.mark.parametrize("operator", sorted({fault.operator for fault in FAULTS.values()}))
+def test_the_checks_pass_without_a_fault(operator: str, mode: str, tmp_path: Path) -> None:
+    if not any((fault.operator, fault.mode) == (operator, mode) for fault in FAULTS.values()):
+        pytest.skip("has no fault in this mode")
+    assert not notices(__name__, operator, None, mode, tmp_path)

@@ -1,0 +1,107 @@
+"""CUDA kernels with one fault at a time, compiled for the CPU and checked in a process of their own.
+
+    fault = Fault("enqueue", "cuda/enqueue.cuh", "if (slot >= M)", "if (slot > M)")
+    assert notices("tests.cuda_host.test_batch_mutants", fault.operator, fault, "plain", tmp_path)
+
+Every mutant is a compilation, and there are dozens: so each has one operator, no debug information, and of its
+instantiations those alone that the checks reach (``CUTS``). With None for the fault it is the same without one: there
+the checks have to pass, or they would prove nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.cuda_host.operators import SOURCES, build_library, open_library
+
+NAMESPACE = "protomem_mutant"
+
+
+class Fault(NamedTuple):
+    """``old`` becomes ``new`` in ``file`` of csrc; in ``mode``, the checks must fail for csrc/cuda/``operator``.cu."""
+
+    operator: str
+    file: str
+    old: str
+    new: str
+    mode: str = "plain"
+
+
+def _without(file: str, *calls: str) -> list[tuple[str, str, str]]:
+    return [(file, call, "void()") for call in calls]
+
+
+_SHAPES = _without(
+    "cuda/matrix.cuh",
+    "f(Shape<T, 16, 128, 8, 1, 16, 2, true>())",
+    "f(Shape<T, 16, 128, 8, 1, 16, 2, false>())",
+    "f(Shape<T, 32, 64, 8, 1, 16, 2, false>())",
+    "f(Shape<T, 32, 64, 8, 1, TILE, 2, true>())",
+    "f(Deep())",
+    "f(float16())",
+)
+# By operator, what stands in no mutant: dtypes and widths (over 256) that no check uses.
+CUTS = {
+    "aggregate_prototypes": _without("cuda/tensors.cuh", "f(double())", "f(float16())"),
+    "enqueue": _without("cuda/tensors.cuh", "f(double())", "f(float16())", "f(bfloat16())"),
+    "negative_logsumexp": _SHAPES,
+    "hardest_negatives": _SHAPES,
+}
+
+
+@cache
+def _processes() -> ForkServerContext:
+    """Return where to start processes that have imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
+def _mutate(csrc: Path, edits: list[tuple[str, str, str]]) -> None:
+    for file, old, new in edits:
+        text = (csrc / file).read_text(encoding="utf-8")
+        assert old in text, f"not there any more: {old}"
+        (csrc / file).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def _run(checks: str, operator: str, mode: str, library: Path, begun: Event) -> None:
+    """In the new process: the checks of a test module, with three orders of blocks and threads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # failures are what is expected here
+    if mode == "sanitized":  # AddressSanitizer's too: not among the reports of the process that asks
+        ctypes.CDLL(None).__sanitizer_set_report_path(b"stderr")
+    operators = open_library(library, NAMESPACE)
+    check: Callable[..., None] = importlib.import_module(checks).check
+    begun.set()
+    for seed in range(3):
+        operators.seed(seed)
+        check(operator, operators)
+
+
+def notices(checks: str, operator: str, fault: Fault | None, mode: str, folder: Path) -> bool:
+    """Return whether ``check(operator, operators)`` of the module ``checks`` fails for the operator with the fault."""
+    csrc = folder / "csrc"
+    shutil.copytree(SOURCES.parent, csrc, ignore=shutil.ignore_patterns("cpu"))
+    for other in (csrc / "cuda").glob("*.cu"):
+        if other.stem != operator:
+            other.unlink()
+    _mutate(csrc, [*CUTS[operator], *([] if fault is None else [fault[1:4]])])
+    library = build_library(mode, csrc / "cuda", folder / "built", NAMESPACE, ["-g0"])
+
+    begun = _processes().Event()
+    process = _processes().Process(target=_run, args=(checks, operator, mode, library, begun))
+    process.start()
+    process.join(timeout=300)  # a fault may also leave a kernel in a loop
+    process.kill()
+    process.join()
+    assert begun.is_set(), "the checks have not begun"
+    return process.exitcode != 0
