@@ -8,6 +8,8 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 CUDA_BUILT := $(VENV)/.built-cuda
 ARGS   ?=
+# nvcc comes from PyPI for Linux alone.
+CUDA_PART := $(if $(filter Linux,$(shell uname -s)),cuda)
 CXX_FILES := $(shell find csrc tests/cuda_host -type f -name '*.h' -o -type f -name '*.cpp' 2>/dev/null)
 CUDA_FILES := $(shell find csrc/cuda csrc/common -type f)
 
@@ -16,17 +18,17 @@ CUDA_FILES := $(shell find csrc/cuda csrc/common -type f)
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
 
-test: lint types extension timing mutants
-	$(BIN)/python -m pytest -n 2 -m "not timing" --ignore=tests/cuda_host --cov --cov-report= $(ARGS)
+test: lint types extension $(CUDA_PART) timing mutants
+	$(BIN)/python -m pytest -n 2 -m "not timing" --cov --cov-report= $(ARGS)
 	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(ARGS)"
 
 # The Triton kernels on the CPU, in Triton's interpreter. It runs their bodies as Python, so coverage counts them.
 triton: $(BUILT)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "triton and not timing" $(ARGS)
 
-# The CUDA kernels: built for real GPUs and their machine code read, then executed on the CPU in three builds (plain,
-# sanitizers, race check) with faults planted. A quarter of an hour: not part of `make test` yet.
-cuda-host: $(BUILT) $(CUDA_BUILT)
+# The CUDA kernels alone: built for real GPUs and their machine code read, then executed on the CPU in three builds
+# (plain, sanitizers, race check) with faults planted.
+cuda-host: $(BUILT) $(CUDA_PART)
 	$(BIN)/python -m pytest -n 2 --no-cov tests/cuda_host tests/static/test_cuda_objects.py $(ARGS)
 
 timing: $(BUILT)
