@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -17,8 +17,11 @@ from protomem_kernels import cuda
 
 SYSTEM_SHARED = 1024  # bytes that sm_90 and newer keep for themselves in a block that has any, and cuobjdump counts
 TYPES = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+SHAPE = "INS0_5ShapeI"  # of a kernel on batch x memory (csrc/cuda/stream.cuh); its arguments are given in its place
 ARGUMENT = re.compile(r"f|d|6__half|13__nv_bfloat16|Lb([01])E|Li(\d+)E")
-LOADS_16, STORES_16 = re.compile(r"LDG.*\.128"), re.compile(r"STG.*\.128")
+LOADS = re.compile(r"LDG\b")
+LOADS_16, STORES_16 = re.compile(r"LDG\..*\.128"), re.compile(r"STG.*\.128")
+COPIES_16 = re.compile(r"LDGSTS.*\.128")
 IN_FILE = re.compile(r"arch = sm_(\d+)|Function (?:: )?(\w+)")
 
 
@@ -67,12 +70,14 @@ def readable(mangled: str) -> str:
 
     >>> readable("_ZN8protomem4cuda10sum_kernelI6__halfLb1EEEvNS_6MatrixE")
     'sum_kernel<fp16, true>'
+    >>> readable("_ZN8protomem4cuda13logits_kernelINS0_5ShapeIfLi32ELi64ELi8ELi1ELi16ELi2ELb1EEEEEvNS0_6LogitsE")
+    'logits_kernel<fp32, 32, 64, 8, 1, 16, 2, true>'
     """
     found = re.match(r"_ZN8protomem4cuda(?:12_GLOBAL__N_1)?(\d+)", mangled)
     if found is None:
         return mangled
     start, length = found.end(), int(found[1])
-    name, rest = mangled[start : start + length], mangled[start + length :]
+    name, rest = mangled[start : start + length], mangled[start + length :].replace(SHAPE, "I", 1)
     arguments, at = [], 1
     while rest.startswith("I") and (argument := ARGUMENT.match(rest, at)):
         flag, number = argument.groups()
@@ -106,37 +111,53 @@ def _functions(library: Path, option: str) -> Iterable[tuple[int, str, str]]:
 
 def section(kernels: Iterable[Compiled], threads: dict[str, int]) -> str:
     """Return the report's part on them; ``threads`` of a block by kernel, from csrc/cuda."""
+    by_name: dict[str, dict[int, Compiled]] = {}  # some are in two of the library's files
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch)):
+        by_name.setdefault(kernel.name, {})[kernel.arch] = kernel
+    architectures = " / ".join(f"sm_{arch}" for arch in sorted(set().union(*by_name.values())))
     rows = [
         "## The CUDA C++ kernels",
-        "From the library as built. **loads**, **stores**, **cp.async**: instructions that move 16 bytes, and all of\n"
-        "their kind. **atomics**: on global memory, all of integers. Shared memory is what is declared in the source.",
-        "| kernel | sm | registers | spills | shared, KiB | occupancy | 16-byte loads | 16-byte stores | cp.async |"
-        " atomics | tensor cores |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
-        + "\n".join(_row(kernel, threads) for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch))),
+        f"From the library as built, for {architectures}; one number where they agree. **loads**, **stores**,\n"
+        "**cp.async**: instructions that move 16 bytes, and all of their kind. **atomics**: on global memory, all of\n"
+        "integers. **shared**: as declared in the source, without what a launch adds. Arguments of kernels on batch x\n"
+        "memory: dtype; rows and columns of a warp; warps across and down; rows of a tile; tiles in flight; whether\n"
+        "rows are read 16 bytes at a time.",
+        "| kernel | registers | spills | shared, KiB | occupancy | 16-byte loads | 16-byte stores | cp.async |"
+        " atomics | ldmatrix | tensor cores |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+        + "\n".join(_row(name, list(found.values()), threads) for name, found in by_name.items()),
     ]
     return "\n\n".join(rows)
 
 
-def _row(kernel: Compiled, threads: dict[str, int]) -> str:
-    block = threads.get(kernel.name.split("<")[0])
-    share = ""
-    if block is not None and kernel.arch in LIMITS:
-        resident = occupancy(kernel.arch, registers=kernel.registers, shared=kernel.shared, warps=block // 32)
-        share = f"{100 * resident:.0f} %"
-    cells = [
-        kernel.name,
-        kernel.arch,
-        kernel.registers,
-        kernel.spills,
-        f"{kernel.shared / 1024:.1f}",
-        share,
-        f"{kernel.count(LOADS_16)} of {kernel.count('LDG')}",
-        f"{kernel.count(STORES_16)} of {kernel.count('STG')}",
-        kernel.count("LDGSTS"),
-        kernel.count("ATOMG|RED|ATOM\\."),
-        kernel.count(TENSOR_CORES) or "none",
+def _row(name: str, kernels: list[Compiled], threads: dict[str, int]) -> str:
+    """Return a kernel's line, of its code for each architecture."""
+    columns: list[Callable[[Compiled], object]] = [
+        lambda kernel: kernel.registers,
+        lambda kernel: kernel.spills,
+        lambda kernel: f"{kernel.shared / 1024:.1f}",
+        lambda kernel: _occupancy(kernel, threads),
+        lambda kernel: f"{kernel.count(LOADS_16)} of {kernel.count(LOADS)}",
+        lambda kernel: f"{kernel.count(STORES_16)} of {kernel.count('STG')}",
+        lambda kernel: f"{kernel.count(COPIES_16)} of {kernel.count('LDGSTS')}",
+        lambda kernel: kernel.count("ATOMG|RED|ATOM\\."),
+        lambda kernel: kernel.count("LDSM"),
+        lambda kernel: kernel.count(TENSOR_CORES) or "none",
     ]
-    return f"| {' | '.join(map(str, cells))} |"
+    cells = [name]
+    for column in columns:
+        values = [str(column(kernel)) for kernel in kernels]
+        cells.append(values[0] if len(set(values)) == 1 else " / ".join(values))
+    return f"| {' | '.join(cells)} |"
+
+
+def _occupancy(kernel: Compiled, threads: dict[str, int]) -> str:
+    block = threads.get(kernel.name.split("<")[0])
+    if shape := re.search(r"<\w+, \d+, \d+, (\d+), (\d+), ", kernel.name):
+        block = 32 * int(shape[1]) * int(shape[2])
+    if block is None or kernel.arch not in LIMITS:
+        return ""
+    share = occupancy(kernel.arch, registers=kernel.registers, shared=kernel.shared, warps=block // 32)
+    return f"{100 * share:.0f} %"
 
 
 def threads_of_blocks(sources: Path) -> dict[str, int]:

@@ -85,5 +85,19 @@ def test_the_section_states_what_was_counted() -> None:
     threads = threads_of_blocks(ROOT / "csrc" / "cuda")
     assert threads["sum_kernel"] == 128
     assert threads["find_kernel"] == 256
-    text = section([Compiled("sum_kernel<fp32, true>", 90, 64, 8, 320, codes)], threads)
-    assert "| sum_kernel<fp32, true> | 90 | 64 | 4 | 0.3 | 50 % | 3 of 5 | 1 of 1 | 0 | 1 | none |" in text
+    wide = "logits_kernel<bf16, 32, 64, 8, 1, 16, 2, true>"
+    products = Counter({"LDGSTS.E.BYPASS.128": 8, "LDSM.16.M88.4": 4, "HMMA.16816.F32.BF16": 48})
+    text = section(
+        [
+            Compiled("sum_kernel<fp32, true>", 90, 64, 8, 320, codes),
+            Compiled("sum_kernel<fp32, true>", 80, 40, 8, 320, codes),
+            Compiled("sum_kernel<fp32, true>", 80, 40, 8, 320, codes),
+            Compiled(wide, 80, 254, 0, 0, products),
+        ],
+        threads,
+    )
+    assert "for sm_80 / sm_90;" in text
+    assert (
+        "| sum_kernel<fp32, true> | 40 / 64 | 4 | 0.3 | 75 % / 50 % | 3 of 5 | 1 of 1 | 0 of 0 | 1 | 0 | none |" in text
+    )
+    assert f"| {wide} | 254 | 0 | 0.0 | 12 % | 0 of 0 | 0 of 0 | 8 of 8 | 0 | 4 | 48 |" in text
