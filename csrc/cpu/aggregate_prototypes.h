@@ -14,9 +14,11 @@
 //   de_i = q_i (t_c - a_i x_i) / |e_i|   (q_i t_c without `normalize`)       dq_i = a_i + h_c   (h_c where mass_c = 0)
 //
 // How: the labels are sorted once (stable radix sort of (label, sample) pairs), which numbers the identities and puts
-// each one's samples side by side in batch order. Then every embedding is read from memory once; its length and its
-// share of the sum are two passes over the row while it lies in L1, and m_c grows in the output row. Forward reads B D
-// and writes P D numbers, backward reads B D + 2 P D and writes B D; beyond that, some rows per thread.
+// each one's samples side by side in batch order. Then every embedding is read from memory once, in that order, fetched
+// some rows ahead: the processor cannot guess where the next one lies. Its length and its share of the sum are two
+// passes over the row while it lies in L1; m_c grows in a row of scratch, two samples at a time, and is written once.
+// Forward reads B D and writes P D numbers, backward reads B D + 2 P D and writes B D; beyond that, some rows per
+// thread.
 //
 // Deterministic: a row of the output belongs to one thread, which adds in batch order; the number of threads changes
 // no bit. One identity's samples are never split over threads.

@@ -74,58 +74,87 @@ inline T weight_at(const Vector& weights, int64_t sample) {
   return is_weight(weight) ? weight : 0;
 }
 
-// The sums of squares of all rows, read in batch order: (B,). In the order of labels every row lies on another page,
-// and a batch larger than the cache would be fetched at half the speed; after this pass it is near.
+// What a sample adds to its identity's sum, `values` * `factor`, and the most that this can add to the sum's length.
 template <class T>
-inline Buffer<T> squares_in_batch_order(const Matrix& embeddings, const Parallel& parallel) {
-  constexpr int64_t block = 64;
-  const int64_t dim = embeddings.cols;
-  Buffer<T> squares(embeddings.rows);
-  parallel.each((embeddings.rows + block - 1) / block, [&] { return Buffer<T>(dim); },
-                [&](const Buffer<T>& buffer, int64_t item) {
-                  for (int64_t i = item * block; i < std::min(embeddings.rows, (item + 1) * block); i++) {
-                    const T* row = row_as(embeddings, i, buffer.get());
-                    squares[i] = dot(row, row, dim);
-                  }
-                });
-  return squares;
+struct Share {
+  const T* values;
+  T factor;
+  T length;
+};
+
+// `buffer` has room for one row.
+template <class T>
+inline Share<T> share_of(const AggregateArgs& a, int64_t sample, T weight, T* buffer) {
+  const int64_t dim = a.embeddings.cols;
+  const T* row = row_as(a.embeddings, sample, buffer);
+  const T square = dot(row, row, dim);
+  if (!a.normalize) return {row, weight, weight * std::sqrt(square)};
+  const Direction<T> x = direction_of(row, dim, buffer, square);
+  return {x.values, weight * x.scale, x.scale == 0 ? 0 : weight};
 }
 
-// `squares` of all rows, or null: not known yet. `buffer` has room for one row.
+// to = base + x + y; returns the sum of squares of `to`, which may be `base`.
 template <class T>
-inline void aggregate_one(const AggregateArgs& a, int64_t c, const T* squares, T* buffer) {
+inline T add_shares(T* to, const T* base, const Share<T>& x, const Share<T>& y, int64_t n) {
+  constexpr int64_t width = lanes<T>, chains = 2;
+  Vec<T> squares[chains] = {};
+  int64_t d = 0;
+  for (; d + chains * width <= n; d += chains * width) {
+    PROTOMEM_UNROLL
+    for (int64_t k = 0; k < chains; k++) {
+      const int64_t at = d + k * width;
+      const Vec<T> sum = vload(base + at) + x.factor * vload(x.values + at) + y.factor * vload(y.values + at);
+      vstore(to + at, sum);
+      squares[k] += sum * sum;
+    }
+  }
+  T square = vsum<T>(squares[0] + squares[1]);
+  for (; d < n; d++) {
+    to[d] = base[d] + x.factor * x.values[d] + y.factor * y.values[d];
+    square += to[d] * to[d];
+  }
+  return square;
+}
+
+// A thread's scratch rows.
+template <class T>
+struct Rows {
+  explicit Rows(int64_t dim) : buffer(4 * dim), zeros(buffer.get()), total(zeros + dim), x(total + dim), y(x + dim) {
+    fill(zeros, T{0}, dim);
+  }
+  Buffer<T> buffer;
+  T *zeros, *total, *x, *y;
+};
+
+template <class T>
+inline void aggregate_one(const AggregateArgs& a, int64_t c, const Rows<T>& rows) {
   constexpr T antipodal = static_cast<T>(1e-6);
+  constexpr int64_t ahead = 8;  // rows; 4 and 16 do as well
   const int64_t dim = a.embeddings.cols;
   const int64_t *begin = a.groups.order + a.groups.starts[c], *end = a.groups.order + a.groups.starts[c + 1];
+  const int64_t* last = a.groups.order + a.groups.starts[a.groups.count] - 1;
   T mass = 0;
   for (const int64_t* i = begin; i < end; i++) mass += weight_at<T>(a.weights, *i);
 
-  T* const total = row_in_place<T>(a.prototypes, c);
-  T budget = 0;
-  for (const int64_t* i = begin; i < end; i++) {
-    const T weight = mass > 0 ? weight_at<T>(a.weights, *i) : 1;
-    Direction<T> x{row_as(a.embeddings, *i, buffer), 1, 0};
-    const T square = squares != nullptr ? squares[*i] : dot(x.values, x.values, dim);
-    if (a.normalize) {
-      x = direction_of(x.values, dim, buffer, square);
-      budget += x.scale == 0 ? 0 : weight;
-    } else {
-      budget += weight * std::sqrt(square);
-    }
-    if (i == begin) {
-      scale_into(total, weight * x.scale, x.values, dim);
-    } else {
-      combine(total, T{1}, total, weight * x.scale, x.values, dim);
-    }
-    a.index[*i] = c;
+  const auto share = [&](const int64_t* i, T* buffer) {
+    if (i + ahead <= last) fetch_row(a.embeddings, i[ahead]);
+    return share_of(a, *i, mass > 0 ? weight_at<T>(a.weights, *i) : 1, buffer);
+  };
+  T budget = 0, square = 0;
+  for (const int64_t* i = begin; i < end; i += 2) {
+    const Share<T> x = share(i, rows.x);
+    const Share<T> y = i + 1 < end ? share(i + 1, rows.y) : Share<T>{rows.zeros, 0, 0};
+    square = add_shares(rows.total, i == begin ? rows.zeros : rows.total, x, y, dim);
+    budget += x.length + y.length;
   }
 
-  const Direction<T> direction = direction_of(total, dim, buffer);
+  const Direction<T> direction = direction_of(rows.total, dim, rows.x, square);
   const bool exists = direction.length > antipodal * budget && direction.length <= largest_finite<T>;
+  T* const prototype = row_in_place<T>(a.prototypes, c);
   if (exists) {
-    scale_into(total, direction.scale, direction.values, dim);
+    scale_into(prototype, direction.scale, direction.values, dim);
   } else {
-    fill(total, T{0}, dim);
+    fill(prototype, T{0}, dim);
   }
   a.identities[c] = a.groups.identities[c];
   store_at(a.mass, c, mass);
@@ -136,11 +165,11 @@ template <class T>
 inline void aggregate_in(const AggregateArgs& a, const Parallel& parallel) {
   const int64_t rows = a.prototypes.rows, dim = a.embeddings.cols, count = std::min(a.groups.count, rows);
   fill(a.index.data, int64_t{-1}, a.index.size);
-  const bool large = a.embeddings.rows * dim * element_size(a.embeddings.dtype) > (int64_t{2} << 20);
-  const Buffer<T> squares = large ? squares_in_batch_order<T>(a.embeddings, parallel) : Buffer<T>();
+  for (int64_t c = 0; c < count; c++)
+    for (int64_t i = a.groups.starts[c]; i < a.groups.starts[c + 1]; i++) a.index[a.groups.order[i]] = c;
   each_group(
-      parallel, count, a.groups.starts[count], dim, [&] { return Buffer<T>(dim); },
-      [&](const Buffer<T>& buffer, int64_t c) { aggregate_one(a, c, squares.get(), buffer.get()); });
+      parallel, count, a.groups.starts[count], dim, [&] { return Rows<T>(dim); },
+      [&](const Rows<T>& scratch, int64_t c) { aggregate_one(a, c, scratch); });
   for (int64_t c = count; c < rows; c++) {
     fill(row_in_place<T>(a.prototypes, c), T{0}, dim);
     a.identities[c] = -1;
