@@ -22,7 +22,14 @@ from protomem_kernels.compiled import OLDEST_TORCH, SWITCHED_OFF, torch_is_too_o
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_C_cuda.so"
 # That it has kernels for: the small ones, and those on batch x memory.
-PRODUCTS = ("negative_logsumexp", "negative_logsumexp_backward_", "hardest_negatives", "hardest_negatives_backward")
+PRODUCTS = (
+    "negative_logsumexp",
+    "negative_logsumexp_backward_",
+    "hardest_negatives",
+    "hardest_negatives_backward",
+    "margin_softmax_logits",
+    "margin_softmax_logits_backward",
+)
 OPERATORS = ("aggregate_prototypes", "aggregate_prototypes_backward", "enqueue_", *PRODUCTS)
 LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KiB for a block
 MOST_COLUMNS = 1024  # a row is held in registers: csrc/common/cuda/rows.cuh, csrc/cuda/chosen_rows.cuh
@@ -114,8 +121,15 @@ def too_wide_for(operator: str, tensors: Sequence[Tensor], architecture: int) ->
     streams = operator in PRODUCTS and operator != "hardest_negatives_backward"
     if not streams or architecture not in LITTLE_SHARED_MEMORY:
         return None
-    wide = any(tensor.is_floating_point() and tensor.ndim == 2 and tensor.shape[1] > 512 for tensor in tensors)
+    wide = any(tensor.shape[1] > 512 for tensor in _rows(operator, tensors))
     return f"more than 512 columns do not fit into the shared memory of sm_{architecture}" if wide else None
+
+
+def _rows(operator: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of the tensors that hold embeddings or prototypes."""
+    rows = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim == 2]
+    # The first one is the gradient of (B, k) cosines, of (B, M) logits.
+    return rows[1:] if operator in ("hardest_negatives_backward", "margin_softmax_logits_backward") else rows
 
 
 @functools.cache
@@ -142,10 +156,7 @@ def exceeds(operator: str, tensors: Sequence[Tensor]) -> str | None:
     """Return which limit of its kernels these tensors exceed, or None."""
     if operator not in OPERATORS:
         return None
-    rows = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim == 2]
-    if operator == "hardest_negatives_backward":
-        rows = rows[1:]  # the first is the gradient of (B, k) cosines
-    for tensor in rows:
+    for tensor in _rows(operator, tensors):
         if tensor.shape[1] > MOST_COLUMNS:
             return f"serves rows of at most {MOST_COLUMNS} columns, got {tuple(tensor.shape)}"
         if tensor.dtype == torch.float64 and operator in PRODUCTS:

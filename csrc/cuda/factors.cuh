@@ -112,6 +112,12 @@ struct Factor<float> {
   }
 };
 
+// As how many numbers of T a float32 is cut, to lose nothing.
+template <class T>
+constexpr int exact_terms = std::is_same_v<T, bfloat16>  ? 3
+                            : std::is_same_v<T, float16> ? 2
+                                                         : 1;
+
 // N = 1, 2 or 4 neighbouring numbers in shared memory, by one instruction.
 template <int N>
 DEVICE void load_neighbours(float (&to)[N], const float* from) {
@@ -124,6 +130,22 @@ DEVICE void load_neighbours(float (&to)[N], const float* from) {
   } else {
     static_assert(N == 1);
     to[0] = *from;
+  }
+}
+
+// Writes two neighbouring columns, an even one first, of a contiguous row of D.
+template <class T>
+DEVICE void store_pair(T* row, int column, int dim, float first, float second) {
+  if (dim % 2 == 0) {  // a pair never straddles the row's end, and lies on a multiple of its size
+    if (column >= dim) return;
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(row + column) = pack_2<T>(first, second);
+    } else {
+      *reinterpret_cast<float2*>(row + column) = make_float2(first, second);
+    }
+  } else {
+    if (column < dim) row[column] = narrow<T>(first);
+    if (column + 1 < dim) row[column + 1] = narrow<T>(second);
   }
 }
 

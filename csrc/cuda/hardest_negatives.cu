@@ -8,8 +8,6 @@
 namespace protomem::cuda {
 namespace {
 
-constexpr int64_t scratch_bytes = int64_t{64} << 20;  // of candidates at a time
-
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets,
                                    const OptionalTensor& occupied, int64_t k, bool normalize_prototypes) {
   check_columns(x);
@@ -60,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, co
       best_ptr = data<int>(best);
     }
 
-    const int64_t together = std::clamp<int64_t>(scratch_bytes / (chosen * group_slots * 4), 1, B);
+    const int64_t together = std::clamp<int64_t>(processors.scratch_bytes / (chosen * group_slots * 4), 1, B);
     Tensor candidates = empty(x, {together, chosen * group_slots}, ScalarType::Float);
     Tensor columns = empty(x, {together, found}, ScalarType::Int);
     for (int64_t first = 0; first < B; first += together) {

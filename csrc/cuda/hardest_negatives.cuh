@@ -60,44 +60,25 @@ struct HardestMaxima : HardestInputs {
 };
 
 template <class Shape_>
-struct MaximaTask {
+struct MaximaTask : SamplesTask<Shape_, HardestMaxima> {
   using Shape = Shape_;
+  using Base = SamplesTask<Shape, HardestMaxima>;
   using T = typename Shape::Element;
-  using Args = HardestMaxima;
-  static constexpr int RESIDENT_TERMS = std::is_same_v<T, bfloat16> ? 3 : std::is_same_v<T, float16> ? 2 : 1;
-  static constexpr int STREAMED_TERMS = 1;
-  static constexpr bool ALWAYS_ALIGNED = false;
-  static constexpr bool SECOND = false;
+  using Base::args, Base::row, Base::target, Base::last;
+  static constexpr bool FIRST = true, SECOND = false;
+  static constexpr int RESIDENT_TERMS = exact_terms<T>;
   static_assert(group_slots % Shape::TILE == 0);
 
-  const Args& args;
-  int64_t row, target, start = 0;
+  int64_t start = 0;
   float best = -INFINITY;
   float inverse[Shape::OWN];
 
-  DEVICE MaximaTask(const Args& args_, int64_t first_row, int own_row)
-      : args(args_), row(first_row + own_row), target(-1) {
-    if (row < args.batch) target = args.targets[row];
-  }
-  DEVICE int64_t first() const { return blockIdx.y * args.per_split; }
-  DEVICE int64_t last() const {
-    return first() + args.per_split < args.capacity ? first() + args.per_split : args.capacity;
-  }
-  DEVICE const Streamed& streamed() const { return args.prototypes; }
-  DEVICE int dim() const { return args.dim; }
-  DEVICE bool streams(int64_t slot) const { return args.occupied.data == nullptr || args.occupied[slot]; }
-  DEVICE float resident(int64_t i, int column) const {
-    return i < args.batch && column < args.dim ? Factor<T>::LIFT * args.x(i, column) : 0.0f;
-  }
+  DEVICE MaximaTask(const HardestMaxima& args_, int64_t first_row, int own_row) : Base(args_, first_row, own_row) {}
 
   template <class Columns>
   DEVICE void prepare(int64_t slot, Columns column_of) {
     start = slot;
-#pragma unroll
-    for (int j = 0; j < Shape::OWN; j++) {
-      const int64_t at = slot + column_of(j);
-      inverse[j] = args.inverse_ptr == nullptr ? 1.0f : at < args.capacity ? args.inverse_ptr[at] : 0.0f;
-    }
+    this->load_inverses(inverse, slot, column_of);
   }
   template <class Columns>
   DEVICE float weigh(float (&value)[Shape::OWN], uint32_t present, Columns column_of) {

@@ -15,15 +15,18 @@ constexpr int64_t most_columns_of_products = 1024;
 
 // What a launch depends on besides the tensors.
 struct Processors {
-  int count;         // multiprocessors
-  int shared_bytes;  // that one block may have
+  int count;                                  // multiprocessors
+  int shared_bytes;                           // that one block may have
+  int64_t scratch_bytes = int64_t{64} << 20;  // that what grows with batch x memory may take at a time
 
   explicit Processors(const Tensor& tensor) {
 #ifdef PROTOMEM_HOST
     static_cast<void>(tensor);
     const char* bytes = std::getenv("PROTOMEM_HOST_SHARED_BYTES");  // of another GPU
+    const char* scratch = std::getenv("PROTOMEM_HOST_SCRATCH_BYTES");
     count = 2;
     shared_bytes = bytes != nullptr ? std::atoi(bytes) : 163 * 1024;
+    if (scratch != nullptr) scratch_bytes = std::atoi(scratch);
 #else
     const int device = tensor.get_device_index();
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "processors");
@@ -54,6 +57,10 @@ template <class T>
 bool aligned_rows(const Rows<const T>& rows, int64_t count) {
   return rows.column_stride == 1 && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
          (count < 2 || rows.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+}
+
+inline OptionalTensor as_float(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_type(*tensor, ScalarType::Float)) : std::nullopt;
 }
 
 inline void check_columns(const Tensor& x) {
@@ -149,6 +156,28 @@ void with_shape(int64_t dim, bool aligned, const Processors& processors, F f) {
   using Deep = Shape<T, 32, 64, 8, 1, TILE, 3, true>;
   if (fits<Task, Deep>(processors)) return f(Deep());
   f(Shape<T, 32, 64, 8, 1, TILE, 2, true>());
+}
+
+// The same for tasks without a first product: 8 warps, of 32 x 64 or, as they have registers to spare, of 32 x 128 for
+// the widest and 64 x 64 for 16-bit rows of up to 512 columns; a tile is at most 32 KiB.
+template <template <class> class Task, class T, class F>
+void with_plain_shape(int64_t dim, bool aligned, const Processors& processors, F f) {
+  constexpr int TILE = 64 / sizeof(T), ROWS = 128 / sizeof(T);
+  if constexpr (!Task<Shape<T, ROWS, 64, 8, 1, TILE, 2, true>>::ALWAYS_ALIGNED) {
+    if (!aligned) {
+      if (dim <= 128) return f(Shape<T, 32, 64, 2, 4, TILE, 2, false>());
+      if (dim <= 512) return f(Shape<T, ROWS, 64, 8, 1, TILE, 2, false>());
+      return f(Shape<T, 32, 128, 8, 1, TILE / 2, 2, false>());
+    }
+  }
+  if (dim <= 128) return f(Shape<T, 32, 64, 2, 4, TILE, 3, true>());
+  if (dim <= 256) return f(Shape<T, 32, 64, 4, 2, TILE, 3, true>());
+  using Deep = Shape<T, ROWS, 64, 8, 1, TILE, 3, true>;
+  using Widest = Shape<T, 32, 128, 8, 1, TILE / 2, 3, true>;
+  if (dim <= 512 && fits<Task, Deep>(processors)) return f(Deep());
+  if (dim <= 512) return f(Shape<T, ROWS, 64, 8, 1, TILE, 2, true>());
+  if (fits<Task, Widest>(processors)) return f(Widest());
+  f(Shape<T, 32, 128, 8, 1, TILE / 2, 2, true>());
 }
 
 // Cuts `items` into splits, each a multiple of unit: the fewest that keep 90 % of the processors busy until the end,

@@ -8,10 +8,6 @@
 namespace protomem::cuda {
 namespace {
 
-OptionalTensor as_float(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(as_type(*tensor, ScalarType::Float)) : std::nullopt;
-}
-
 // What a call reads, converted where a kernel takes one dtype alone.
 struct Inputs {
   OptionalTensor threshold, coefficients, inverse;

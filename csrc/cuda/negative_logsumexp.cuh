@@ -58,53 +58,32 @@ struct LogsumexpForward : LogsumexpInputs {
 };
 
 template <class Shape_>
-struct ForwardTask {
+struct ForwardTask : SamplesTask<Shape_, LogsumexpForward> {
   using Shape = Shape_;
+  using Base = SamplesTask<Shape, LogsumexpForward>;
   using T = typename Shape::Element;
-  using Args = LogsumexpForward;
-  static constexpr int RESIDENT_TERMS = sizeof(T) == 2 ? 2 : 1, STREAMED_TERMS = 1;
-  static constexpr bool ALWAYS_ALIGNED = false;
-  static constexpr bool SECOND = true;
+  using Base::args, Base::row, Base::target;
+  static constexpr bool FIRST = true, SECOND = true;
+  static constexpr int RESIDENT_TERMS = sizeof(T) == 2 ? 2 : 1;
   // float16 ends at 2^-24: exponentials are 2^10 at most instead of 1, which leaves room for h' up to 64.
   static constexpr float HEADROOM = std::is_same_v<T, float16> ? 10 * ln_2 : 0.0f;
 
-  const Args& args;
-  int64_t row, target;
   float scaled_threshold = 0, total = 0, maximum = -INFINITY;
   HardCurve curve;
   float inverse[Shape::OWN];
   int target_at = -1;
 
-  DEVICE ForwardTask(const Args& args_, int64_t first_row, int own_row)
-      : args(args_), row(first_row + own_row), target(-1), curve(args_.form, args_.scale) {
-    if (row < args.batch) {
-      target = args.targets[row];
-      if (args.form.given()) scaled_threshold = args.scale * args.form.threshold[row];
-    }
+  DEVICE ForwardTask(const LogsumexpForward& args_, int64_t first_row, int own_row)
+      : Base(args_, first_row, own_row), curve(args_.form, args_.scale) {
+    if (row < args.batch && args.form.given()) scaled_threshold = args.scale * args.form.threshold[row];
   }
 
-  DEVICE int64_t first() const { return blockIdx.y * args.per_split; }
-  DEVICE int64_t last() const {
-    return first() + args.per_split < args.capacity ? first() + args.per_split : args.capacity;
-  }
-  DEVICE const Streamed& streamed() const { return args.prototypes; }
-  DEVICE int dim() const { return args.dim; }
-  DEVICE bool streams(int64_t slot) const { return args.occupied.data == nullptr || args.occupied[slot]; }
-  DEVICE float resident(int64_t i, int column) const {
-    return i < args.batch && column < args.dim ? Factor<T>::LIFT * args.x(i, column) : 0.0f;
-  }
   DEVICE bool shrinks() const { return args.running; }
 
   template <class Columns>
   DEVICE void prepare(int64_t slot, Columns column_of) {
     target_at = target >= slot && target < slot + Shape::TILE ? static_cast<int>(target - slot) : -1;
-    if (args.inverse_ptr != nullptr) {
-#pragma unroll
-      for (int j = 0; j < Shape::OWN; j++) {
-        const int64_t at = slot + column_of(j);
-        inverse[j] = at < args.capacity ? args.inverse_ptr[at] : 0.0f;
-      }
-    }
+    if (args.inverse_ptr != nullptr) this->load_inverses(inverse, slot, column_of);
   }
 
   template <class Columns>
@@ -312,7 +291,7 @@ struct BackwardTask {
   using Args = LogsumexpBackward<T>;
   static constexpr int RESIDENT_TERMS = 1, STREAMED_TERMS = sizeof(T) == 2 ? 2 : 1;
   static constexpr bool ALWAYS_ALIGNED = sizeof(T) == 2;
-  static constexpr bool SECOND = true;
+  static constexpr bool FIRST = true, SECOND = true;
 
   const Args& args;
   int64_t base, slot;
@@ -397,7 +376,6 @@ struct BackwardTask {
   DEVICE bool projects() const { return args.inverse_ptr != nullptr; }
   DEVICE void store(int64_t j, int column, float m0, float m1, float along) const {
     if (j >= args.capacity) return;
-    T* to = args.grad_prototypes_ptr + j * args.dim + column;
     const float inverse = inverses_ptr[j - base];
     float grad[2] = {m0, m1};
 #pragma unroll
@@ -407,16 +385,7 @@ struct BackwardTask {
       }
       grad[k] *= 1 / (Factor<T>::LIFT * unit);
     }
-    if (sizeof(T) == 2 && args.dim % 2 == 0) {  // a pair never straddles the row's end
-      if constexpr (sizeof(T) == 2) {
-        if (column < args.dim) *reinterpret_cast<uint32_t*>(to) = pack_2<T>(grad[0], grad[1]);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        if (column + k < args.dim) to[k] = narrow<T>(grad[k]);
-      }
-    }
+    store_pair(args.grad_prototypes_ptr + j * args.dim, column, args.dim, grad[0], grad[1]);
   }
 };
 

@@ -2,12 +2,13 @@
 //
 // With r_i the R resident rows of a block and s_j the streamed rows (D numbers each), per tile of TILE streamed rows
 //
-//     v_ij = r_i . s_j                         the first product
+//     v_ij = r_i . s_j                         the first product, if the operator wants one
 //     p_ij = Task::weigh(v_ij)                 the operator: exponentials, maxima, logits; exact float32
 //     m_i += sum_j p_ij s_j                    the second product, if the operator wants one
 //
 // negative_logsumexp keeps samples resident and streams the memory (m is the embeddings' gradient); its backward keeps
-// slots resident and streams the batch (m is the slots' gradient, complete when written).
+// slots resident and streams the batch (m is the slots' gradient, complete when written). Without the first product
+// nothing is resident but m, and p is what the operator loads.
 //
 // **Who computes what.** A block has ACROSS x DOWN warps. Warp (a, d) owns the rows d of WARP_ROWS and the columns a of
 // WARP_COLUMNS, in both products: it multiplies its columns of r with its columns of s, ACROSS such parts of v are
@@ -71,19 +72,20 @@ struct Layout {
   static constexpr int ELEMENT = sizeof(typename S::Element);
   static constexpr int STAGE_ROWS = S::TILE * Task::STREAMED_TERMS;
   static constexpr int TILES = S::STAGES * STAGE_ROWS * S::COLUMNS * ELEMENT;
-  static constexpr int PARTS = S::ACROSS * S::ROWS * S::TILE * 4;
+  static constexpr int PARTS = S::ACROSS * S::ROWS * (Task::FIRST ? S::TILE : 1) * 4;
   static constexpr int WEIGHTS = Task::SECOND ? S::ROWS * S::TILE * ELEMENT : 0;
   static constexpr int FACTORS = S::ROWS * 4;
   static constexpr int BYTES = TILES + PARTS + WEIGHTS + FACTORS + S::STAGES * 4;
 };
 
 // The kernel's body. A Task is constructed by each thread for the row that it weighs, and has
-// - Args, Shape, SECOND (whether there is a second product), ALWAYS_ALIGNED (no other shapes are wanted);
+// - Args, Shape, FIRST and SECOND (whether there are these products), ALWAYS_ALIGNED (no other shapes are wanted);
 // - RESIDENT_TERMS, STREAMED_TERMS: in the first product; the second takes the first of the streamed ones;
 // - resident(row, column): a number of the resident side, 0 outside;
 // - streams(j): whether the streamed row j takes part; it counts as zeros otherwise;
 // - prepare(j, column_of): fetch what belongs to streamed rows; j is the tile's first one;
-// - weigh(values, present, column_of): turn the thread's products into weights; returns what m shrinks by first;
+// - weigh(values, present, column_of): turn the thread's products (zeros without FIRST) into weights; returns what m
+//   shrinks by first;
 // - close(): after the last tile;
 // - projects(): whether `store` is to know along = m . r, for each row;
 // - store(row, column, m, m', along): for two neighbouring columns.
@@ -168,19 +170,21 @@ DEVICE void stream(const typename Task::Args& args) {
   };
 
   uint32_t resident[TERMS][ROW_TILES][S::STEPS][4];
+  if constexpr (Task::FIRST) {
 #pragma unroll
-  for (int m = 0; m < ROW_TILES; m++) {
+    for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
-    for (int k = 0; k < S::STEPS; k++) {
+      for (int k = 0; k < S::STEPS; k++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int64_t row = first_row + down * S::WARP_ROWS + m * 16 + group + i % 2 * 8;
-        const int column = across * S::WARP_COLUMNS + (k * 2 + i / 2) * PER_CHUNK + pair * (4 / E);
-        float rest[4 / E];
+        for (int i = 0; i < 4; i++) {
+          const int64_t row = first_row + down * S::WARP_ROWS + m * 16 + group + i % 2 * 8;
+          const int column = across * S::WARP_COLUMNS + (k * 2 + i / 2) * PER_CHUNK + pair * (4 / E);
+          float rest[4 / E];
 #pragma unroll
-        for (int n = 0; n < 4 / E; n++) rest[n] = task.resident(row, column + n);
+          for (int n = 0; n < 4 / E; n++) rest[n] = task.resident(row, column + n);
 #pragma unroll
-        for (int term = 0; term < TERMS; term++) resident[term][m][k][i] = F::cut(rest);
+          for (int term = 0; term < TERMS; term++) resident[term][m][k][i] = F::cut(rest);
+        }
       }
     }
   }
@@ -200,42 +204,44 @@ DEVICE void stream(const typename Task::Args& args) {
     const int lane = computed_here(threadIdx.x) % 32;  // addresses cost less to compute than to keep
     task.prepare(first + int64_t(tile) * S::TILE, column_of);
 
-    float acc[ROW_TILES][SLOT_TILES][4] = {};
+    if constexpr (Task::FIRST) {
+      float acc[ROW_TILES][SLOT_TILES][4] = {};
 #pragma unroll
-    for (int k = 0; k < S::STEPS; k += 2) {  // two steps: an ldmatrix fetches 64 bytes of eight streamed rows
-      uint32_t b[L::STAGE_ROWS / 8][4];
-#pragma unroll
-      for (int n = 0; n < L::STAGE_ROWS / 8; n++) {
-        ldmatrix_x4(b[n], streamed + swizzled<T, CHUNKS>(n * 8 + lane % 8, across * WARP_CHUNKS + k * 2 + lane / 8));
-      }
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        typename F::A a[TERMS][ROW_TILES];
-#pragma unroll
-        for (int term = 0; term < TERMS; term++) {
-#pragma unroll
-          for (int m = 0; m < ROW_TILES; m++) a[term][m] = F::a(resident[term][m][k + half]);
-        }
+      for (int k = 0; k < S::STEPS; k += 2) {  // two steps: an ldmatrix fetches 64 bytes of eight streamed rows
+        uint32_t b[L::STAGE_ROWS / 8][4];
 #pragma unroll
         for (int n = 0; n < L::STAGE_ROWS / 8; n++) {
-          const typename F::B factor = F::b(b[n][2 * half], b[n][2 * half + 1]);
+          ldmatrix_x4(b[n], streamed + swizzled<T, CHUNKS>(n * 8 + lane % 8, across * WARP_CHUNKS + k * 2 + lane / 8));
+        }
 #pragma unroll
-          for (int term = TERMS - 1; term >= 0; term--) {  // small terms first
+        for (int half = 0; half < 2; half++) {
+          typename F::A a[TERMS][ROW_TILES];
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; m++) F::multiply(acc[m][n % SLOT_TILES], a[term][m], factor);
+          for (int term = 0; term < TERMS; term++) {
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; m++) a[term][m] = F::a(resident[term][m][k + half]);
+          }
+#pragma unroll
+          for (int n = 0; n < L::STAGE_ROWS / 8; n++) {
+            const typename F::B factor = F::b(b[n][2 * half], b[n][2 * half + 1]);
+#pragma unroll
+            for (int term = TERMS - 1; term >= 0; term--) {  // small terms first
+#pragma unroll
+              for (int m = 0; m < ROW_TILES; m++) F::multiply(acc[m][n % SLOT_TILES], a[term][m], factor);
+            }
           }
         }
       }
-    }
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
+      for (int m = 0; m < ROW_TILES; m++) {
 #pragma unroll
-      for (int n = 0; n < SLOT_TILES; n++) {
+        for (int n = 0; n < SLOT_TILES; n++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int row = down * S::WARP_ROWS + m * 16 + group + half * 8;
-          float* to = parts + (across * S::ROWS + row) * S::TILE + ((n * 8 + pair * 2) ^ twist(row));
-          *reinterpret_cast<float2*>(to) = make_float2(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+          for (int half = 0; half < 2; half++) {
+            const int row = down * S::WARP_ROWS + m * 16 + group + half * 8;
+            float* to = parts + (across * S::ROWS + row) * S::TILE + ((n * 8 + pair * 2) ^ twist(row));
+            *reinterpret_cast<float2*>(to) = make_float2(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+          }
         }
       }
     }
@@ -244,14 +250,16 @@ DEVICE void stream(const typename Task::Args& args) {
     fetch(tile + S::STAGES - 1, ahead);
     ahead = look(tile + S::STAGES);
     float value[S::OWN] = {};
+    if constexpr (Task::FIRST) {
 #pragma unroll
-    for (int part = 0; part < S::ACROSS; part++) {
+      for (int part = 0; part < S::ACROSS; part++) {
 #pragma unroll
-      for (int j = 0; j < S::OWN; j += S::GROUP) {
-        float own[S::GROUP];
-        load_neighbours(own, parts + (part * S::ROWS + own_row) * S::TILE + (column_of(j) ^ twist(own_row)));
+        for (int j = 0; j < S::OWN; j += S::GROUP) {
+          float own[S::GROUP];
+          load_neighbours(own, parts + (part * S::ROWS + own_row) * S::TILE + (column_of(j) ^ twist(own_row)));
 #pragma unroll
-        for (int i = 0; i < S::GROUP; i++) value[j + i] += own[i];
+          for (int i = 0; i < S::GROUP; i++) value[j + i] += own[i];
+        }
       }
     }
     const float factor = task.weigh(value, present[stage], column_of);
@@ -355,5 +363,43 @@ DEVICE void stream(const typename Task::Args& args) {
     }
   }
 }
+
+// What tasks have in common whose resident rows are samples, while the memory passes by. Args has batch, capacity, dim,
+// x, targets, occupied, inverse_ptr (1 / |w|, or null), prototypes (Streamed) and per_split: the slots, a multiple of
+// every tile, that one row of blocks streams.
+template <class Shape_, class Args_>
+struct SamplesTask {
+  using Shape = Shape_;
+  using T = typename Shape::Element;
+  using Args = Args_;
+  static constexpr int STREAMED_TERMS = 1;
+  static constexpr bool ALWAYS_ALIGNED = false;
+
+  const Args& args;
+  int64_t row, target = -1;
+
+  DEVICE SamplesTask(const Args& args_, int64_t first_row, int own_row) : args(args_), row(first_row + own_row) {
+    if (row < args.batch) target = args.targets[row];
+  }
+  DEVICE int64_t first() const { return blockIdx.y * args.per_split; }
+  DEVICE int64_t last() const {
+    return first() + args.per_split < args.capacity ? first() + args.per_split : args.capacity;
+  }
+  DEVICE const Streamed& streamed() const { return args.prototypes; }
+  DEVICE int dim() const { return args.dim; }
+  DEVICE bool streams(int64_t slot) const { return args.occupied.data == nullptr || args.occupied[slot]; }
+  DEVICE float resident(int64_t i, int column) const {
+    return i < args.batch && column < args.dim ? Factor<T>::LIFT * args.x(i, column) : 0.0f;
+  }
+  // 1 / |w| of the thread's slots of the tile that begins at `slot`; 1 where prototypes are taken as they are.
+  template <class Columns>
+  DEVICE void load_inverses(float (&inverse)[Shape::OWN], int64_t slot, Columns column_of) const {
+#pragma unroll
+    for (int j = 0; j < Shape::OWN; j++) {
+      const int64_t at = slot + column_of(j);
+      inverse[j] = args.inverse_ptr == nullptr ? 1.0f : at < args.capacity ? args.inverse_ptr[at] : 0.0f;
+    }
+  }
+};
 
 }  // namespace protomem::cuda
