@@ -206,10 +206,23 @@ def test_explain_tells_what_serves_a_gpu_that_is_not_there(
         assert first.reason == f"it was built for {names} and newer (PROTOMEM_CUDA_ARCH_LIST), and this is sm_{arch}"
     assert pmk.explain("margin_softmax_loss", architecture=90)[0].backend == "triton"
     assert pmk.explain("enqueue_", architecture=90)[2].reason == "serves tensors on the CPU"
+    assert pmk.explain("margin_softmax_logits", architecture=90)[0].backend == "triton"
     wide = pmk.explain("aggregate_prototypes", torch.zeros(2, 1025), architecture=served[0])
     assert wide[0].reason == "serves rows of at most 1024 columns, got (2, 1025)"
     monkeypatch.setattr(cuda, "BUILD", None)
     assert pmk.explain("enqueue_", architecture=90)[0].reason.startswith("it was not built")
+
+
+def test_the_gradient_of_logits_is_no_row_that_is_too_wide() -> None:
+    def tensors(dim: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        return [torch.empty(size, dtype=dtype, device="meta") for size in ((2, 5000), (2, dim), (5000, dim))]
+
+    name = "margin_softmax_logits_backward"
+    assert cuda.exceeds(name, tensors(1024)) is cuda.too_wide_for(name, tensors(512), 86) is None
+    assert cuda.exceeds(name, tensors(1025)) == "serves rows of at most 1024 columns, got (2, 1025)"
+    assert str(cuda.exceeds(name, tensors(8, torch.float64))).endswith("got float64")
+    assert str(cuda.too_wide_for(name, tensors(513), 86)).startswith("more than 512 columns")
+    assert cuda.too_wide_for(name, tensors(513), 90) is None
 
 
 # Instruction sets

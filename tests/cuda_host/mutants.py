@@ -41,21 +41,31 @@ def _without(file: str, *calls: str) -> list[tuple[str, str, str]]:
     return [(file, call, "void()") for call in calls]
 
 
-_SHAPES = _without(
-    "cuda/matrix.cuh",
+_MATRIX = "cuda/matrix.cuh"
+_OVER_256 = _without(
+    _MATRIX,
     "f(Shape<T, 16, 128, 8, 1, 16, 2, true>())",
     "f(Shape<T, 16, 128, 8, 1, 16, 2, false>())",
     "f(Shape<T, 32, 64, 8, 1, 16, 2, false>())",
     "f(Shape<T, 32, 64, 8, 1, TILE, 2, true>())",
     "f(Deep())",
-    "f(float16())",
 )
-# By operator, what stands in no mutant: dtypes and widths (over 256) that no check uses.
+_OVER_128 = _OVER_256 + _without(
+    _MATRIX,
+    "f(Shape<T, 32, 64, 4, 2, TILE, 3, true>())",
+    "f(Shape<T, ROWS, 64, 8, 1, TILE, 2, true>())",
+    "f(Shape<T, ROWS, 64, 8, 1, TILE, 2, false>())",
+    "f(Shape<T, 32, 128, 8, 1, TILE / 2, 2, true>())",
+    "f(Shape<T, 32, 128, 8, 1, TILE / 2, 2, false>())",
+    "f(Widest())",
+)
+# By operator, what stands in no mutant: dtypes and numbers of columns that no check uses.
 CUTS = {
     "aggregate_prototypes": _without("cuda/tensors.cuh", "f(double())", "f(float16())"),
     "enqueue": _without("cuda/tensors.cuh", "f(double())", "f(float16())", "f(bfloat16())"),
-    "negative_logsumexp": _SHAPES,
-    "hardest_negatives": _SHAPES,
+    "negative_logsumexp": _OVER_256 + _without(_MATRIX, "f(float16())"),
+    "hardest_negatives": _OVER_128 + _without(_MATRIX, "f(float16())"),
+    "margin_softmax_logits": _OVER_128 + _without(_MATRIX, "f(float())"),
 }
 
 

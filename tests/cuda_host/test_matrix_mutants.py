@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cuda_host import test_hardest_negatives, test_negative_logsumexp
+from tests.cuda_host import test_hardest_negatives, test_margin_softmax_logits, test_negative_logsumexp
 from tests.cuda_host.mutants import Fault, notices
 from tests.cuda_host.operators import Operators
 
 STREAM, LOGSUMEXP, HARDEST = "cuda/stream.cuh", "cuda/negative_logsumexp.cuh", "cuda/hardest_negatives.cuh"
+LOGITS = "cuda/margin_softmax_logits.cuh"
 FAULTS = {
     "stream: no barrier after the parts": Fault(
         "negative_logsumexp", STREAM, "__syncthreads();  // the parts are there", "// the parts are there", "race"
@@ -69,6 +71,35 @@ FAULTS = {
         "counts[bits >> shift & 255u]++;",
         "race",
     ),
+    "logits: x with one part too few": Fault(
+        "margin_softmax_logits", "cuda/factors.cuh", "bfloat16>  ? 3", "bfloat16>  ? 2"
+    ),
+    "logits: an empty slot's gradient counts": Fault(
+        "margin_softmax_logits", LOGITS, "& 1u) != 0 && start + column", "& 1u) <= 1 && start + column"
+    ),
+    "logits: the target of another chunk": Fault(
+        "margin_softmax_logits",
+        LOGITS,
+        "args.targets[start + column] - args.first_slot != slot",
+        "args.targets[start + column] != slot",
+    ),
+    "logits: every chunk begins anew": Fault("margin_softmax_logits", LOGITS, "args.continues ?", "false ?"),
+    "logits: the gradient of a tile before": Fault(
+        "margin_softmax_logits",
+        LOGITS,
+        "if (sample == 0) load(sample, column_of);",
+        "load(sample, column_of);\n    if (sample == 0) return;\n    load(sample - Shape::TILE, column_of);",
+    ),
+    "logits: float16 weights as they are": Fault(
+        "margin_softmax_logits", LOGITS, "if constexpr (!NEEDED) return 1;", "return 1;"
+    ),
+    "logits: units read before they are there": Fault(
+        "margin_softmax_logits",
+        LOGITS,
+        "units_ptr[own_row] = unit;\n      __syncthreads();",
+        "units_ptr[own_row] = unit;",
+        "race",
+    ),
     "chosen: every entry of a slot writes": Fault(
         "hardest_negatives", "cuda/chosen_rows.cuh", "(head > 0 && args.sorted_ptr[head - 1] == slot)", "false", "race"
     ),
@@ -79,6 +110,12 @@ def check(operator: str, ops: Operators) -> None:
     if operator == "hardest_negatives":
         test_hardest_negatives.check(ops, test_hardest_negatives.make((6, 700, 33), torch.bfloat16, seed=1), 2, False)
         test_hardest_negatives.test_ties_go_to_the_lower_slot(ops)
+        return
+    if operator == "margin_softmax_logits":
+        os.environ["PROTOMEM_HOST_SCRATCH_BYTES"] = "1"  # several chunks
+        for dtype in (torch.bfloat16, torch.float16):
+            case = test_negative_logsumexp.make((38, 140, 24), dtype, hard=True, seed=1)
+            test_margin_softmax_logits.check(ops, case)
         return
     make, check = test_negative_logsumexp.make, test_negative_logsumexp.check
     for dtype in (torch.bfloat16, torch.float32):

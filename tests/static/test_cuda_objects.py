@@ -16,6 +16,8 @@ needs_library = pytest.mark.skipif(
 )
 BATCH = {"order_kernel", "sum_kernel", "backward_kernel", "prepare_kernel", "find_kernel", "narrow_kernel"}
 BATCH |= {"collect_kernel", "write_kernel"}
+LOGITS = {"logits_kernel", "logits_embeddings_kernel", "logits_sums_kernel", "logits_samples_kernel"}
+LOGITS |= {"logits_prototypes_kernel"}
 STORES = {"sum_kernel", "backward_kernel", "write_kernel"}  # whole rows
 MOST_SHARED = 48 * 1024  # a block may have it unasked, on every GPU; find_kernel adds up to 32 KiB when launched
 
@@ -34,6 +36,22 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
     assert cuda.BUILD is not None
     for arch in cuda.BUILD.architectures:
         assert {kernel.name.split("<")[0] for kernel in of_batch() if kernel.arch == int(arch.rstrip("af"))} == BATCH
+
+
+@needs_library
+def test_the_kernels_of_the_logits_are_there_and_move_16_bytes() -> None:
+    assert cuda.BUILD is not None
+    for arch in cuda.BUILD.architectures:
+        here = [kernel for kernel in kernels() if kernel.arch == int(arch.rstrip("af"))]
+        assert {kernel.name.split("<")[0] for kernel in here} >= LOGITS
+        for name, pattern in (
+            ("logits_kernel", cuda_objects.STORES_16),
+            ("logits_embeddings_kernel", cuda_objects.LOADS_16),
+            ("logits_sums_kernel", cuda_objects.STORES_16),
+        ):
+            # Of the shapes, which names do not tell: most move four numbers a thread.
+            vectors = [kernel.count(pattern) > 0 for kernel in here if kernel.name == name]
+            assert sum(vectors) * 2 > len(vectors), (name, arch)
 
 
 @needs_library
