@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def rows_and_identities(capacity: int, size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 1, generator=g), identities
 
 
-def lru_matches(kernels: Kernels) -> None:
+def lru_matches(kernels: Kernels, sizes: Sequence[int] = (1, 30, 800)) -> None:
     """Compare what is selected: all empty, all stamps alike, neighbours alike, and stamps from end to end of int64."""
     capacity = 2500
     g = torch.Generator().manual_seed(2)
@@ -137,7 +137,7 @@ def lru_matches(kernels: Kernels) -> None:
         torch.randint(0, 2**40, (capacity,), generator=g),
         widest,
     ):
-        for size in (1, 30, 800):
+        for size in sizes:
             theirs = pmk.MemoryState.empty(capacity, 1)
             if stamps is not None:
                 theirs.identities.copy_(torch.arange(capacity))

@@ -42,16 +42,13 @@ def _without(file: str, *calls: str) -> list[tuple[str, str, str]]:
 
 
 _MATRIX = "cuda/matrix.cuh"
-_OVER_256 = _without(
+_OVER_128 = _without(
     _MATRIX,
     "f(Shape<T, 16, 128, 8, 1, 16, 2, true>())",
     "f(Shape<T, 16, 128, 8, 1, 16, 2, false>())",
     "f(Shape<T, 32, 64, 8, 1, 16, 2, false>())",
     "f(Shape<T, 32, 64, 8, 1, TILE, 2, true>())",
     "f(Deep())",
-)
-_OVER_128 = _OVER_256 + _without(
-    _MATRIX,
     "f(Shape<T, 32, 64, 4, 2, TILE, 3, true>())",
     "f(Shape<T, ROWS, 64, 8, 1, TILE, 2, true>())",
     "f(Shape<T, ROWS, 64, 8, 1, TILE, 2, false>())",
@@ -63,9 +60,15 @@ _OVER_128 = _OVER_256 + _without(
 CUTS = {
     "aggregate_prototypes": _without("cuda/tensors.cuh", "f(double())", "f(float16())"),
     "enqueue": _without("cuda/tensors.cuh", "f(double())", "f(float16())", "f(bfloat16())"),
-    "negative_logsumexp": _OVER_256 + _without(_MATRIX, "f(float16())"),
+    "negative_logsumexp": _OVER_128 + _without(_MATRIX, "f(float16())", "f(Shape<T, 32, 64, 2, 4, 16, 2, false>())"),
     "hardest_negatives": _OVER_128 + _without(_MATRIX, "f(float16())"),
-    "margin_softmax_logits": _OVER_128 + _without(_MATRIX, "f(float())"),
+    "margin_softmax_logits": _OVER_128
+    + _without(
+        _MATRIX,
+        "f(float())",
+        "f(Shape<T, 32, 64, 2, 4, 16, 2, false>())",
+        "f(Shape<T, 32, 64, 2, 4, TILE, 2, false>())",
+    ),
 }
 
 
@@ -85,14 +88,14 @@ def _mutate(csrc: Path, edits: list[tuple[str, str, str]]) -> None:
 
 
 def _run(checks: str, operator: str, mode: str, library: Path, begun: Event) -> None:
-    """In the new process: the checks of a test module, with three orders of blocks and threads."""
+    """In the new process: the checks of a test module, with two orders of blocks and threads."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # failures are what is expected here
     if mode == "sanitized":  # AddressSanitizer's too: not among the reports of the process that asks
         ctypes.CDLL(None).__sanitizer_set_report_path(b"stderr")
     operators = open_library(library, NAMESPACE)
     check: Callable[..., None] = importlib.import_module(checks).check
     begun.set()
-    for seed in range(3):
+    for seed in range(2):
         operators.seed(seed)
         check(operator, operators)
 

@@ -141,7 +141,7 @@ def check(operator: str, operators: Operators) -> None:
         outputs = [k["enqueue_"](*s, *rest) for k, s in ((kernels, state), (reference.KERNELS, theirs))]
         for a, b in zip((*outputs[0], *state), (*outputs[1], *theirs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    lru_matches(kernels)
+    lru_matches(kernels, sizes=[300])
 
 
 @pytest.mark.parametrize("name", FAULTS)

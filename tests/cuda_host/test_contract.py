@@ -19,6 +19,7 @@ SUITES = {
     "enqueue_": "test_enqueue.py",
     "hardest_negatives": "test_hardest_negatives.py",
     "negative_logsumexp": "test_margin_softmax_loss.py",
+    "margin_softmax_logits": "test_margin_softmax_logits.py",
 }
 LONG = "64x9001x8"  # 10^8 operations and more for a product
 

@@ -37,8 +37,8 @@ def execute(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[
     return process, "\n".join(path.read_text() for path in folder.glob("report*"))
 
 
-# All but those that start processes of their own, or compare the race check alone.
-OTHERS = {"test_contract.py", "test_race_oracle.py", "test_sanitized.py", "test_specimens.py"}
+# All but those that have no kernel to run under the sanitizers, or start their own processes.
+OTHERS = {"test_contract.py", "test_race_oracle.py", "test_matrix_mutants.py", "test_sanitized.py", "test_specimens.py"}
 FILES = sorted({path.name for path in build.HERE.glob("test_*.py")} - OTHERS)
 
 

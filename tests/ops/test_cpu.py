@@ -213,7 +213,8 @@ def test_hardest_negatives_on_drawn_inputs(
         truth = differentiated(call, x, w)
     with using(capability):
         ours = differentiated(call, x, w)
-    if ties or dtype == torch.float64:
+    one_number = dim == 1 and normalize  # rows of unit length that differ in rounding alone
+    if ties or (dtype == torch.float64 and not one_number):
         assert torch.equal(ours[1], truth[1])
         assert_same(ours, truth, dtype)
     else:  # near ties may swap, which moves the upstream gradient to another slot

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 
 from benchmarks.static import cuda_objects
+from benchmarks.static.counting import TENSOR_CORES
 from benchmarks.static.cuda_objects import Compiled, readable, section, threads_of_blocks
 from protomem_kernels import cuda
 from tests.cuda_host.build import ROOT
@@ -18,6 +20,9 @@ BATCH = {"order_kernel", "sum_kernel", "backward_kernel", "prepare_kernel", "fin
 BATCH |= {"collect_kernel", "write_kernel"}
 LOGITS = {"logits_kernel", "logits_embeddings_kernel", "logits_sums_kernel", "logits_samples_kernel"}
 LOGITS |= {"logits_prototypes_kernel"}
+STREAMS = {"logsumexp_stream_kernel", "logsumexp_backward_kernel", "hardest_maxima_kernel"}
+STREAMS |= {"logits_kernel", "logits_embeddings_kernel", "logits_prototypes_kernel"}
+SHAPE_ARGUMENTS = 8  # of a Shape in csrc/cuda/stream.cuh
 STORES = {"sum_kernel", "backward_kernel", "write_kernel"}  # whole rows
 MOST_SHARED = 48 * 1024  # a block may have it unasked, on every GPU; find_kernel adds up to 32 KiB when launched
 
@@ -49,9 +54,23 @@ def test_the_kernels_of_the_logits_are_there_and_move_16_bytes() -> None:
             ("logits_embeddings_kernel", cuda_objects.LOADS_16),
             ("logits_sums_kernel", cuda_objects.STORES_16),
         ):
-            # Of the shapes, which names do not tell: most move four numbers a thread.
-            vectors = [kernel.count(pattern) > 0 for kernel in here if kernel.name == name]
+            # Not every shape has four neighbouring numbers for a thread.
+            vectors = [kernel.count(pattern) > 0 for kernel in here if kernel.name.split("<")[0] == name]
             assert sum(vectors) * 2 > len(vectors), (name, arch)
+
+
+@needs_library
+def test_every_product_streams_16_bytes_at_a_time_through_the_tensor_cores() -> None:
+    seen = set()
+    for kernel in kernels():
+        name, *shape = re.split(r"[<>]", kernel.name)
+        if shape and shape[0].count(", ") == SHAPE_ARGUMENTS - 1:
+            assert kernel.count(TENSOR_CORES) > 0, (kernel.name, kernel.arch)
+            copies = kernel.count("LDGSTS"), kernel.count(cuda_objects.COPIES_16)
+            assert copies[0] == copies[1], (kernel.name, kernel.arch)
+            assert copies[1] > 0 or shape[0].endswith("false"), (kernel.name, kernel.arch)
+            seen.add(name)
+    assert seen == STREAMS
 
 
 @needs_library
