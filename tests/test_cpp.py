@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent / "cpp"
 PROGRAMS = sorted(path.stem for path in FOLDER.glob("stress_*.cpp"))
 # As in CMakeLists.txt, for the instructions that this machine has.
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-DPROTOMEM_ISA=stress", "-march=native", "-ffp-contract=fast"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-DPROTOMEM_ISA=stress", "-march=native", "-ffp-contract=fast"]
 REQUIRED = os.environ.get("PROTOMEM_STRESS") == "required"  # make sanitize: nothing may be left out
 COMPILER = os.environ.get("CXX", "").split(" ")[0] or "g++"
 

@@ -83,7 +83,6 @@ class Forward {
   void consume(const Tile<T>& tile, T* logits, const Partial<T>& sums, int64_t p) const {
     const int vectors = x_.vectors(p);
     const PanelTargets<T> targets(tile, targets_ + x_.first(p));
-    prefetch_kept(tile, p);
     tile.products(x_.panel(p), vectors, logits);
     if (form_.present) {
       const T* tau = form_.tau.get() + x_.first(p);
@@ -95,15 +94,6 @@ class Forward {
     }
     keep(tile, logits, p);
     if (in_.with_gradient) tile.add_moments(logits, vectors, sums.moment);
-  }
-
-  // Has the lines that keep() will write on their way into the cache while the product is formed.
-  void prefetch_kept(const Tile<T>& tile, int64_t p) const {
-    const int64_t count = min_of(panel_rows<T>, in_.kept_rows - x_.first(p));
-    for (int64_t t = 0; count > 0 && t < tile.count(); t++) {
-      const T* at = static_cast<const T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p);
-      for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + i, 1);
-    }
   }
 
   // Writes e^{s h - offset} h' of the samples to be kept, slot by slot.
