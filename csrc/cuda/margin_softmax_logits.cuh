@@ -76,7 +76,7 @@ struct Logits : LogitsInputs {
   Rows<const float> x;                 // (B, D)
   Streamed prototypes;                 // (M, D)
   int64_t per_split = 0;               // slots that one row of blocks streams, a multiple of every tile
-  HardForm form;                       //
+  HardForm form;                       // or none
   Strided<const float> target_logits;  // (B,)
   LogitGradient grad;                  // (B, M); if given, G h' is wanted, whatever stands at targets and empty slots
   float* logits_ptr = nullptr;         // (B, M)
