@@ -19,17 +19,17 @@ train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
 
 test: lint types extension $(CUDA_PART) timing mutants
-	$(BIN)/python -m pytest -n 2 -m "not timing" --cov --cov-report= $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not timing" --cov --cov-report= $(ARGS)
 	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(ARGS)"
 
 # The Triton kernels on the CPU, in Triton's interpreter. It runs their bodies as Python, so coverage counts them.
 triton: $(BUILT)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "triton and not timing" $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "triton and not timing" $(ARGS)
 
 # The CUDA kernels alone: built for real GPUs and their machine code read, then executed on the CPU in three builds
 # (plain, sanitizers, race check) with faults planted.
 cuda-host: $(BUILT) $(CUDA_PART)
-	$(BIN)/python -m pytest -n 2 --no-cov tests/cuda_host tests/static/test_cuda_objects.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --no-cov tests/cuda_host tests/static/test_cuda_objects.py $(ARGS)
 
 timing: $(BUILT)
 	$(BIN)/python -m pytest -q -m timing --no-header -rP tests/test_speed.py

@@ -129,8 +129,10 @@ def test_many_tiles_equal_the_reference(
         return [logits, *grads]
 
     truth, peer = run("reference", torch.float64), run("reference", kind)
+    # The CUDA kernels form float32 products of three in tf32, right to 2^-21 (csrc/cuda/stream.cuh); others in float32.
+    tiny = 1e-12 if kind == torch.float64 else 2.0**-21 if backend == "cuda" else 1e-7
     for ours, theirs, right in zip(run(backend, kind), peer, truth, strict=True):
-        assert_as_close_as(ours, theirs, right, tiny=1e-12 if kind == torch.float64 else 1e-7)
+        assert_as_close_as(ours, theirs, right, tiny=tiny)
 
 
 @each_backend
