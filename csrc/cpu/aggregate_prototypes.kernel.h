@@ -118,8 +118,9 @@ inline T add_shares(T* to, const T* base, const Share<T>& x, const Share<T>& y, 
 
 // A thread's scratch rows.
 template <class T>
-struct Rows {
-  explicit Rows(int64_t dim) : buffer(4 * dim), zeros(buffer.get()), total(zeros + dim), x(total + dim), y(x + dim) {
+struct ScratchRows {
+  explicit ScratchRows(int64_t dim)
+      : buffer(4 * dim), zeros(buffer.get()), total(zeros + dim), x(total + dim), y(x + dim) {
     fill(zeros, T{0}, dim);
   }
   Buffer<T> buffer;
@@ -127,7 +128,7 @@ struct Rows {
 };
 
 template <class T>
-inline void aggregate_one(const AggregateArgs& a, int64_t c, const Rows<T>& rows) {
+inline void aggregate_one(const AggregateArgs& a, int64_t c, const ScratchRows<T>& rows) {
   constexpr T antipodal = static_cast<T>(1e-6);
   constexpr int64_t ahead = 8;  // rows; 4 and 16 do as well
   const int64_t dim = a.embeddings.cols;
@@ -168,8 +169,8 @@ inline void aggregate_in(const AggregateArgs& a, const Parallel& parallel) {
   for (int64_t c = 0; c < count; c++)
     for (int64_t i = a.groups.starts[c]; i < a.groups.starts[c + 1]; i++) a.index[a.groups.order[i]] = c;
   each_group(
-      parallel, count, a.groups.starts[count], dim, [&] { return Rows<T>(dim); },
-      [&](const Rows<T>& scratch, int64_t c) { aggregate_one(a, c, scratch); });
+      parallel, count, a.groups.starts[count], dim, [&] { return ScratchRows<T>(dim); },
+      [&](const ScratchRows<T>& scratch, int64_t c) { aggregate_one(a, c, scratch); });
   for (int64_t c = count; c < rows; c++) {
     fill(row_in_place<T>(a.prototypes, c), T{0}, dim);
     a.identities[c] = -1;

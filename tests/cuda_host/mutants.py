@@ -1,7 +1,7 @@
 """CUDA kernels with one fault at a time, compiled for the CPU and checked in a process of their own.
 
     fault = Fault("enqueue", "cuda/enqueue.cuh", "if (slot >= M)", "if (slot > M)")
-    assert notices("tests.cuda_host.test_batch_mutants", fault.operator, fault, "plain", tmp_path)
+    assert_noticed("tests.cuda_host.test_batch_mutants", fault, "plain", tmp_path)
 
 Every mutant is a compilation, and there are dozens: so each has one operator, no debug information, and of its
 instantiations those alone that the checks reach (``CUTS``). With None for the fault it is the same without one: there
@@ -15,12 +15,14 @@ import importlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 from tests.cuda_host.operators import SOURCES, build_library, open_library
 
@@ -98,6 +100,20 @@ def _run(checks: str, operator: str, mode: str, library: Path, begun: Event) -> 
     for seed in range(2):
         operators.seed(seed)
         check(operator, operators)
+
+
+def assert_noticed(checks: str, fault: Fault, mode: str, folder: Path) -> None:
+    """The body of a test: the checks fail with the fault; skipped in other modes than its own."""
+    if fault.mode != mode:
+        pytest.skip(f"built for the mode {fault.mode}")
+    assert notices(checks, fault.operator, fault, mode, folder)
+
+
+def assert_quiet(checks: str, operator: str, faults: Iterable[Fault], mode: str, folder: Path) -> None:
+    """The body of a test: the checks pass without a fault; skipped in modes for which the operator has none."""
+    if not any((fault.operator, fault.mode) == (operator, mode) for fault in faults):
+        pytest.skip("has no fault in this mode")
+    assert not notices(checks, operator, None, mode, folder)
 
 
 def notices(checks: str, operator: str, fault: Fault | None, mode: str, folder: Path) -> bool:
