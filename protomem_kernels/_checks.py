@@ -28,7 +28,7 @@ def check_tensor(name: str, value: Any, ndim: int, what: str, *, floating: bool)
 
 def check_matches(name: str, value: Tensor, shape: tuple[int, ...], other_name: str, other: Tensor) -> None:
     """Check the exact shape, and that the tensor lies on the device of ``other``."""
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ValueError(
             f"{name} must have shape {shape} to match {other_name} {shape_of(other)}, got {shape_of(value)}"
         )

@@ -111,6 +111,7 @@ def no_code_for(architecture: int) -> str | None:
     return f"it was built for {names} and newer (PROTOMEM_CUDA_ARCH_LIST), and this is sm_{architecture}"
 
 
+@functools.cache
 def unavailable() -> str | None:
     """Return why no call can be served here, or None if some can."""
     return _REASON or _no_gpu()

@@ -27,17 +27,17 @@ LIBRARY = torch.library.Library("protomem", "DEF")
 class Backend:
     """A set of kernels: ``kernels`` maps an operator's name to its function.
 
-    ``unavailable()`` and ``refuses(operator, tensors)`` return the reason, or None. ``passed_over(tensors)`` hears of
-    every call that is left to the next backend because this one is not available. ``on_gpu(operator, tensors,
-    architecture)`` is the reason why such tensors on a GPU of that compute capability could not be served, whatever
-    there is at hand.
+    ``unavailable()`` and ``refuses(operator, tensors)`` return the reason, or None. ``passed_over(tensors)``, if there
+    is one, hears of every call that is left to the next backend because this one is not available. ``on_gpu(operator,
+    tensors, architecture)`` is the reason why such tensors on a GPU of that compute capability could not be served,
+    whatever there is at hand.
     """
 
     name: str
     kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
     unavailable: Callable[[], str | None] = lambda: None
     refuses: Callable[[str, Sequence[Tensor]], str | None] = lambda operator, tensors: None
-    passed_over: Callable[[Sequence[Tensor]], None] = lambda tensors: None
+    passed_over: Callable[[Sequence[Tensor]], None] | None = None
     on_gpu: Callable[[str, Sequence[Tensor], int], str | None] = lambda operator, tensors, architecture: None
 
     def reason_against(self, operator: str, tensors: Sequence[Tensor]) -> str | None:
@@ -60,13 +60,13 @@ BACKENDS: dict[str, Backend] = {
 
 # Small operators want a quick launch, which CUDA C++ has; the others want the newest tensor cores, which Triton uses.
 SMALL = ("aggregate_prototypes", "aggregate_prototypes_backward", "enqueue_")
-_TRITON_FIRST = sorted(BACKENDS, key=lambda name: name != "triton")
+_ORDER = tuple(BACKENDS)
+_TRITON_FIRST = tuple(sorted(BACKENDS, key=lambda name: name != "triton"))
 
 
-def preference(operator: str) -> Iterator[Backend]:
-    """Yield the backends in the order in which they are asked to serve the operator."""
-    for name in BACKENDS if operator in SMALL else _TRITON_FIRST:
-        yield BACKENDS[name]
+def preference(operator: str) -> tuple[str, ...]:
+    """Return the backends' names in the order in which they are asked to serve the operator."""
+    return _ORDER if operator in SMALL else _TRITON_FIRST
 
 
 # The losses are a few vector operations around the one heavy operator.
@@ -110,7 +110,7 @@ def explain(operator: str, *tensors: Tensor, architecture: int | None = None) ->
         names = ", ".join(sorted({*reference.KERNELS, *SERVED_BY}))
         raise ValueError(f"operator must be one of {names}, got {operator!r}")
     chosen, wanted, choices = False, _wanted.get(), []
-    for backend in preference(operator):
+    for backend in map(BACKENDS.__getitem__, preference(operator)):
         if architecture is None:
             reason = backend.reason_against(operator, tensors)
         else:
@@ -129,9 +129,10 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         RuntimeError: the backend asked for by ``use_backend`` cannot; the message lists every backend's reason.
     """
     wanted = _wanted.get()
-    for backend in preference(operator) if wanted is None else (BACKENDS[wanted],):
+    for name in preference(operator) if wanted is None else (wanted,):
+        backend = BACKENDS[name]
         if backend.unavailable() is not None:
-            if wanted is None:
+            if wanted is None and backend.passed_over is not None:
                 backend.passed_over(tensors)
         elif operator in backend.kernels and backend.refuses(operator, tensors) is None:
             return backend.kernels[operator]
@@ -200,13 +201,15 @@ def register(
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    def implementation(*args: Any) -> Any:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    def serve(tensors: Sequence[Tensor], args: Sequence[Any]) -> Any:
         if check_values is not None and values_can_be_read(tensors[0]):
             check_values(*args)
         kernel = select(name, tensors)
         with without_autocast(tensors[0]):
             return kernel(*args)
+
+    def implementation(*args: Any) -> Any:
+        return serve([arg for arg in args if isinstance(arg, Tensor)], args)
 
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"protomem::{name}", fake, lib=LIBRARY)
@@ -215,11 +218,15 @@ def register(
         backward = _once(name, backward)
         torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         function = _autograd_function(name, implementation, setup_context, backward)
-    _DIRECT[name] = implementation, function
+    _DIRECT[name] = serve, function
 
 
-# Operators by name: the implementation, and the same as an autograd function if the operator can be differentiated.
+# Operators by name: what serves a call, given its tensors and all its arguments, and the same as an autograd function if
+# the operator can be differentiated.
 _DIRECT: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function] | None]] = {}
+# Looked up once: calls of these are a good part of what a small call costs.
+_count_modes = torch._C._len_torch_dispatch_stack
+_transform_level = torch._C._functorch.maybe_current_level
 
 
 def call(name: str, *args: Any) -> Any:
@@ -231,15 +238,15 @@ def call(name: str, *args: Any) -> Any:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if is_watched(tensors):
         return getattr(torch.ops.protomem, name).default(*args)
-    implementation, function = _DIRECT[name]
+    serve, function = _DIRECT[name]
     if function is not None and torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
                 return function.apply(*args)
-    if torch._C._functorch.maybe_current_level() is not None:
+    if _transform_level() is not None:
         # Within a function transform tensors are wrapped and own no memory: the dispatcher unwraps them.
         return getattr(torch.ops.protomem, name).default(*args)
-    return implementation(*args)
+    return serve(tensors, args)
 
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
@@ -250,7 +257,7 @@ def is_watched(tensors: Sequence[Tensor]) -> bool:
         kind = type(tensor)
         if kind is not Tensor and kind is not torch.nn.Parameter:
             return True
-    return torch._C._len_torch_dispatch_stack() > 0
+    return _count_modes() > 0
 
 
 def _autograd_function(

@@ -57,6 +57,7 @@ _is_installed = functools.cache(lambda: importlib.util.find_spec("triton") is no
 _has_gpu = functools.cache(torch.cuda.is_available)
 
 
+@functools.cache
 def unavailable() -> str | None:
     """Return why no call can be served here, or None if some can."""
     if not _is_installed():

@@ -65,15 +65,21 @@ FAULTS = [
         AGGREGATE,
         "take(mass, index) > 0, given, 1)",
         "take(mass, index) > 0, given, 0)",
-        T_AGGREGATE,
+        f"{T_AGGREGATE}::test_zero_weights_count_equally",
     ),
     Fault("antipodal images kept", AGGREGATE, "ANTIPODAL = 1e-6", "ANTIPODAL = -1.0", T_AGGREGATE),
     Fault("negative labels take part", AGGREGATE, "first &= ordered >= 0", "first &= ordered >= -1", T_AGGREGATE),
     Fault(
         "gradient not projected", AGGREGATE, "(grad_prototypes - along * prototypes)", "(grad_prototypes)", T_AGGREGATE
     ),
-    Fault("gradient of the mass lost", AGGREGATE, " + take(grad_mass, index)", "", T_AGGREGATE),
-    Fault("gradient ignores the weight", AGGREGATE, "grad = q[:, None] * grad_sum", "grad = grad_sum", T_AGGREGATE),
+    Fault("gradient of the mass lost", AGGREGATE, " + take(grad_mass, index)", "", f"{T_AGGREGATE}::test_gradcheck"),
+    Fault(
+        "gradient ignores the weight",
+        AGGREGATE,
+        "grad = q[:, None] * grad_sum",
+        "grad = grad_sum",
+        f"{T_AGGREGATE}::test_gradcheck",
+    ),
     Fault(
         "bad weights count",
         AGGREGATE,
@@ -463,11 +469,27 @@ FAULTS = [
         "self.memory.occupied",
         T_LOSSES,
     ),
-    Fault("momentum survives a change of identity", "losses.py", "value.masked_fill_(mask, 0)", "pass", T_LOSSES),
     Fault(
-        "broken embeddings hidden", "losses.py", "return torch.where(broken, 0, targets)", "return targets", T_LOSSES
+        "momentum survives a change of identity",
+        "losses.py",
+        "value.masked_fill_(mask, 0)",
+        "pass",
+        f"{T_LOSSES}::test_the_optimiser_steps_rows_that_stay_of_unit_length",
     ),
-    Fault("rows not of unit length after a step", "losses.py", "optimizer.register_step_post_hook(", "(", T_LOSSES),
+    Fault(
+        "broken embeddings hidden",
+        "losses.py",
+        "return torch.where(broken, 0, targets)",
+        "return targets",
+        f"{T_LOSSES}::test_a_non_finite_embedding_shows_in_its_own_loss_alone",
+    ),
+    Fault(
+        "rows not of unit length after a step",
+        "losses.py",
+        "optimizer.register_step_post_hook(",
+        "(",
+        f"{T_LOSSES}::test_the_optimiser_steps_rows_that_stay_of_unit_length",
+    ),
     Fault("doppelganger of itself", "memory.py", "self.prototypes, slots, k=k", "self.prototypes, None, k=k", T_MEMORY),
     Fault("reset keeps the identities", "memory.py", "self.identities.fill_(-1)", "pass", T_MEMORY),
     # data
@@ -491,14 +513,14 @@ FAULTS = [
         TRITON_TOP,
         "values.gather(1, columns).sort(dim=1, descending=True, stable=True)",
         "values.gather(1, columns).flip(1).sort(dim=1, descending=True, stable=True)",
-        f"{T_TOP}::test_exact",
+        f"{T_TOP}::test_ties_across_tiles",
     ),
     Fault(
         "one best tile too few",
         TRITON_TOP,
         "chosen = min(k, tiles)",
         "chosen = min(max(1, k - 1), tiles)",
-        f"{T_TOP}::test_exact",
+        f"{T_TOP}::test_each_of_the_best_in_a_tile_of_its_own",
     ),
     Fault(
         "the target is a negative", TRITON_TOP, "(lanes[None, :] != at_target[:, None])", "(lanes[None, :] >= 0)", T_TOP
@@ -508,7 +530,7 @@ FAULTS = [
         TRITON_TOP,
         "negative & (values == values)",
         "negative",
-        f"{T_TOP}::test_an_infinite_row_has_no_negatives",
+        f"{T_TOP}::test_a_broken_prototype_hides_no_other",
     ),
     Fault(
         "broken embeddings found",
@@ -570,7 +592,13 @@ FAULTS = [
         "slots[None, :] != targets",
         f"{T_LOGITS}::test_many_tiles_equal_the_reference",
     ),
-    Fault("later chunks begin again", TRITON_LOGITS, "CONTINUES=first > 0", "CONTINUES=False", T_LOGITS),
+    Fault(
+        "later chunks begin again",
+        TRITON_LOGITS,
+        "CONTINUES=first > 0",
+        "CONTINUES=False",
+        f"{T_LOGITS}::test_many_tiles_equal_the_reference",
+    ),
     Fault(
         "strides of H swapped",
         TRITON_LOGITS,
@@ -583,7 +611,7 @@ FAULTS = [
         TRITON_LOGITS,
         "torch.isfinite(x).all(dim=1)",
         "torch.isfinite(x).any(dim=1) | True",
-        T_LOGITS,
+        f"{T_LOGITS}::test_many_tiles_equal_the_reference",
     ),
     Fault("gradient of unit rows", TRITON_LOGITS, "g - tl.sum(g * unit, axis=1)[:, None] * unit", "g", T_LOGITS),
     # negative_logsumexp in Triton

@@ -145,6 +145,22 @@ def test_a_broken_prototype_is_never_chosen(backend: str, normalize: bool) -> No
     assert not cosines.isnan().any()
 
 
+@each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_broken_prototype_hides_no_other(backend: str, normalize: bool) -> None:
+    """Not in its own tile of 128 slots, and not in the others, before and after it."""
+    w = torch.zeros(3 * 128, 4)
+    w[:, 0] = 1
+    best = torch.tensor([5, 140, 200, 300])
+    w[best] = torch.eye(4)[[1, 2, 3, 1]]
+    w[300] *= -1
+    w[150] = float("nan")
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(w[best], w, k=1, normalize_prototypes=normalize)
+    assert slots[:, 0].tolist() == best.tolist()
+    assert not cosines.isnan().any()
+
+
 @pytest.mark.triton
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton's interpreter is not asked for (TRITON_INTERPRET=1)")
 def test_scratch_space_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
