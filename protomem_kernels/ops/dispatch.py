@@ -221,8 +221,8 @@ def register(
     _DIRECT[name] = serve, function
 
 
-# Operators by name: what serves a call, given its tensors and all its arguments, and the same as an autograd function if
-# the operator can be differentiated.
+# Operators by name: what serves a call, given its tensors and all its arguments; and the same as an autograd function
+# if the operator can be differentiated.
 _DIRECT: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function] | None]] = {}
 # Looked up once: calls of these are a good part of what a small call costs.
 _count_modes = torch._C._len_torch_dispatch_stack
