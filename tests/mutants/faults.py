@@ -513,7 +513,7 @@ FAULTS = [
         TRITON_TOP,
         "values.gather(1, columns).sort(dim=1, descending=True, stable=True)",
         "values.gather(1, columns).flip(1).sort(dim=1, descending=True, stable=True)",
-        f"{T_TOP}::test_ties_across_tiles",
+        f"{T_TOP}::test_exact[6-5x130x33-float64-triton]",
     ),
     Fault(
         "one best tile too few",
