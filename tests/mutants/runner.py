@@ -11,7 +11,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from functools import cache
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -30,6 +32,10 @@ ENVIRONMENT = {
     "MALLOC_PERTURB_": "128",  # fresh memory is no friendly zeros, but bytes of 127: huge numbers
 }
 BASE = 100  # of exit codes, as Python itself ends with 1 when something raises
+
+# Whoever starts a process also looks whether others have ended. Two threads that ask at once read the same pipe, and
+# the second one takes its end for the exit code 255.
+_reading_exit_codes = threading.Lock()
 
 
 @cache
@@ -70,8 +76,11 @@ def verdict_on(fault: Fault) -> str:
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "protomem_kernels" / fault.file).write_text(source.replace(fault.before, fault.after))
         process = _processes().Process(target=_run, args=(fault, folder))
-        process.start()
-        process.join()
+        with _reading_exit_codes:
+            process.start()
+        wait([process.sentinel])
+        with _reading_exit_codes:
+            process.join()
         output = (folder / "output").read_text(errors="replace")
     if process.exitcode in (BASE + pytest.ExitCode.TESTS_FAILED, *CRASHES):
         return "killed"
