@@ -25,7 +25,7 @@ NOT_COVERED    := tests/cuda_host tests/static
 TRITON_COVERED := $(addprefix tests/ops/test_,triton_batch.py triton_stream.py registration.py)
 test: lint types extension $(CUDA_PART) timing mutants
 	$(PYTEST) -m "not timing" --cov --cov-report= $(NOT_COVERED:%=--ignore=%) $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) -m "triton and not timing" --cov --cov-append --cov-report=term --cov-fail-under=90 $(TRITON_COVERED) $(ARGS)
+	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(TRITON_COVERED) $(ARGS)"
 	$(PYTEST) -m "not timing" $(NOT_COVERED) $(ARGS)
 	$(MAKE) triton ARGS="$(TRITON_COVERED:%=--ignore=%) $(ARGS)"
 

@@ -82,11 +82,6 @@ KERNELS: dict[str, Callable[..., Any]] = (
 
 
 @functools.cache
-def _no_gpu() -> str | None:
-    return None if torch.cuda.is_available() else "torch sees no GPU"
-
-
-@functools.cache
 def _no_code_for(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     return no_code_for(10 * major + minor)
@@ -114,7 +109,7 @@ def no_code_for(architecture: int) -> str | None:
 @functools.cache
 def unavailable() -> str | None:
     """Return why no call can be served here, or None if some can."""
-    return _REASON or _no_gpu()
+    return _REASON or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
 def too_wide_for(operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:

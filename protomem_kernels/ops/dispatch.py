@@ -60,13 +60,13 @@ BACKENDS: dict[str, Backend] = {
 
 # Small operators want a quick launch, which CUDA C++ has; the others want the newest tensor cores, which Triton uses.
 SMALL = ("aggregate_prototypes", "aggregate_prototypes_backward", "enqueue_")
-_ORDER = tuple(BACKENDS)
+_IN_ORDER = tuple(BACKENDS)
 _TRITON_FIRST = tuple(sorted(BACKENDS, key=lambda name: name != "triton"))
 
 
 def preference(operator: str) -> tuple[str, ...]:
     """Return the backends' names in the order in which they are asked to serve the operator."""
-    return _ORDER if operator in SMALL else _TRITON_FIRST
+    return _IN_ORDER if operator in SMALL else _TRITON_FIRST
 
 
 # The losses are a few vector operations around the one heavy operator.
@@ -110,7 +110,8 @@ def explain(operator: str, *tensors: Tensor, architecture: int | None = None) ->
         names = ", ".join(sorted({*reference.KERNELS, *SERVED_BY}))
         raise ValueError(f"operator must be one of {names}, got {operator!r}")
     chosen, wanted, choices = False, _wanted.get(), []
-    for backend in map(BACKENDS.__getitem__, preference(operator)):
+    for name in preference(operator):
+        backend = BACKENDS[name]
         if architecture is None:
             reason = backend.reason_against(operator, tensors)
         else:

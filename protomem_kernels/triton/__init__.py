@@ -52,9 +52,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Each costs more than a small call of an operator.
+# It costs more than a small call of an operator.
 _is_installed = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
-_has_gpu = functools.cache(torch.cuda.is_available)
 
 
 @functools.cache
@@ -62,7 +61,7 @@ def unavailable() -> str | None:
     """Return why no call can be served here, or None if some can."""
     if not _is_installed():
         return NOT_INSTALLED
-    if not interpreted() and not _has_gpu():
+    if not interpreted() and not torch.cuda.is_available():
         return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
     return None
 
