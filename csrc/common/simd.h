@@ -1,13 +1,18 @@
 // Vectors of the instruction set that this file is compiled for, by GCC's and Clang's vector extension.
 //
 // The kernels are compiled once per instruction set, each time in a namespace of its own (PROTOMEM_ISA), so that the
-// linker can never swap in a function that this machine cannot run. Nothing here names an intrinsic: aarch64 and plain
-// x86-64 compile from the same source.
+// linker can never swap in a function that this machine cannot run. Intrinsics only where the extension has no word for
+// it (lane_bits, vstore_past_cache): aarch64 and plain x86-64 compile from the same source.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifndef PROTOMEM_ISA
 #error "compile through isa.cpp, which sets PROTOMEM_ISA"
@@ -52,7 +57,7 @@ constexpr int64_t lanes = vector_bytes / static_cast<int64_t>(sizeof(T));
 
 template <class T>
 inline Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;  // -0.0 becomes 0.0, which no caller minds
+  return value - Vec<T>{};  // which compilers drop, so that it is one load; of 0 + value they must keep the addition
 }
 
 // Unaligned load and store.
@@ -66,6 +71,32 @@ template <class T>
 inline void vstore(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
+// The same of the first n lanes alone, n <= lanes<T>; the others are 0 when loaded.
+template <class T>
+inline Vec<T> vload_first(const T* p, int64_t n) {
+  if (n == lanes<T>) return vload<T>(p);
+  Vec<T> v{};
+  std::memcpy(&v, p, static_cast<std::size_t>(n) * sizeof(T));
+  return v;
+}
+template <class T>
+inline void vstore_first(T* p, Vec<T> v, int64_t n) {
+  if (n == lanes<T>) return vstore<T>(p, v);
+  std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// Stores whole cache lines without fetching them first, for large arrays that are read much later; `p` is aligned to
+// the vector. Another thread sees them after this one's next atomic read-modify-write (or lock).
+constexpr bool stores_past_cache = vector_bytes == 64;
+template <class T>
+inline void vstore_past_cache(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#else
+  vstore<T>(p, v);
+#endif
+}
+
 template <class T>
 inline IntVec<T> ivload(const typename Lanes<T>::Integer* p) {
   IntVec<T> v;
@@ -73,12 +104,24 @@ inline IntVec<T> ivload(const typename Lanes<T>::Integer* p) {
   return v;
 }
 
+// A mask with one bit per lane, the first lane lowest.
+template <class T>
+inline uint32_t lane_bits(IntVec<T> mask) {
+#if defined(__AVX512DQ__)
+  return sizeof(T) == 4 ? _mm512_movepi32_mask((__m512i)mask) : _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  const int bits = sizeof(T) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+  return static_cast<uint32_t>(bits);
+#else
+  uint32_t bits = 0;
+  for (int64_t lane = 0; lane < lanes<T>; lane++) bits |= mask[lane] != 0 ? 1u << lane : 0u;
+  return bits;
+#endif
+}
+
 template <class T>
 inline bool any(IntVec<T> mask) {
-  uint64_t words[vector_bytes / 8], together = 0;
-  std::memcpy(words, &mask, sizeof words);
-  for (uint64_t word : words) together |= word;
-  return together != 0;
+  return lane_bits<T>(mask) != 0;
 }
 
 // Sum of the lanes: the upper half onto the lower one until one is left, the same order on every call.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "hardest_negatives.h"
@@ -19,30 +20,28 @@ struct Candidate {
   }
 };
 
-// Each row's candidates from one chunk of the memory, with its bar.
+// Each row's candidates from one chunk of the memory.
 template <class T>
 class CandidateLists {
  public:
   CandidateLists(int64_t rows, int64_t k, int64_t slots)
-      : k_(k), room_(room(k, slots)), count_(rows), bar_(rows), list_(rows * room_) {
+      : k_(k), room_(room(k, slots)), count_(rows), list_(rows * room_) {
     std::fill_n(count_.get(), rows, 0);
-    std::fill_n(bar_.get(), rows, -std::numeric_limits<T>::infinity());
   }
 
   static int64_t bytes(int64_t rows, int64_t k, int64_t slots) {
     return rows * room(k, slots) * int64_t{sizeof(Candidate<T>)};
   }
 
-  const T* bar(int64_t row) const { return bar_.get() + row; }
   int64_t count(int64_t row) const { return count_[row]; }
   const Candidate<T>* list(int64_t row) const { return list_.get() + row * room_; }
 
-  // Slots of a row come in ascending order, so a cosine that only equals the bar loses to those before it.
-  void offer(int64_t row, T cosine, int64_t slot) {
-    if (!(cosine > bar_[row])) return;
-    Candidate<T>* list = list_.get() + row * room_;
-    list[count_[row]++] = {cosine, slot};
-    if (count_[row] == room_) keep_best(row);
+  // Takes a cosine above the bar; raises the bar when the list is full.
+  void add(int64_t row, T cosine, int64_t slot, T& bar) {
+    list_[row * room_ + count_[row]++] = {cosine, slot};
+    if (count_[row] < room_) return;
+    keep_best(row);
+    bar = list_[row * room_ + k_ - 1].cosine;
   }
 
   void keep_best(int64_t row) {
@@ -50,7 +49,6 @@ class CandidateLists {
     Candidate<T>* list = list_.get() + row * room_;
     std::nth_element(list, list + k_ - 1, list + count_[row]);
     count_[row] = k_;
-    bar_[row] = list[k_ - 1].cosine;
   }
 
  private:
@@ -58,28 +56,31 @@ class CandidateLists {
 
   int64_t k_, room_;
   Buffer<int64_t> count_;
-  Buffer<T> bar_;
   Buffer<Candidate<T>> list_;
 };
 
-// Offers a panel of cosines [slot][row] to the lists of its rows. Slots are scanned `step` at a time: almost all of
-// them lie below every bar.
+// A thread's bars: k slots that it has met had at least this cosine. It meets the slots in ascending order, so one that
+// only equals the bar loses to those before it, whatever chunk they belong to. The rows that fill up a panel take none.
 template <class T>
-inline void offer_panel(const Tile<T>& tile, const Panels<T>& rows, int64_t p, const int64_t* targets, const T* cosines,
-                        CandidateLists<T>& lists) {
-  const int64_t row = rows.first(p);
-  for (int64_t t = 0; t < tile.count(); t += step) {
-    const int64_t end = min_of(t + step, tile.count());
+inline Buffer<T> lowest_bars(int64_t batch, int64_t padded) {
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  return per_row<T>(batch, padded, infinity, [](int64_t) { return -infinity; });
+}
+
+// Adds what exceeds the bars in a panel of cosines [slot][row] to the lists of its rows.
+template <class T>
+inline void add_panel(const Tile<T>& tile, const Panels<T>& rows, int64_t p, const int64_t* targets, const T* cosines,
+                      const Buffer<T>& bars, CandidateLists<T>& lists) {
+  for (int64_t t = 0; t < tile.count(); t++)
     for (int v = 0; v < rows.vectors(p); v++) {
-      const Vec<T> bar = vload<T>(lists.bar(row + v * lanes<T>));
-      IntVec<T> above{};
-      for (int64_t u = t; u < end; u++) above |= vload<T>(cosines + u * panel_rows<T> + v * lanes<T>) > bar;
-      if (!any<T>(above)) continue;
-      for (int64_t r = v * lanes<T>; r < min_of((v + 1) * lanes<T>, rows.filled(p)); r++)
-        for (int64_t u = t; u < end; u++)
-          if (tile.slot(u) != targets[row + r]) lists.offer(row + r, cosines[u * panel_rows<T> + r], tile.slot(u));
+      const int64_t first = rows.first(p) + v * lanes<T>;
+      const T* of_slot = cosines + t * panel_rows<T> + v * lanes<T>;
+      uint32_t above = lane_bits<T>(vload<T>(of_slot) > vload<T>(bars.get() + first));
+      for (; above != 0; above &= above - 1) {
+        const int64_t lane = std::countr_zero(above), row = first + lane, slot = tile.slot(t);
+        if (slot != targets[row]) lists.add(row, of_slot[lane], slot, bars[row]);
+      }
     }
-  }
 }
 
 template <class T>
@@ -98,9 +99,10 @@ inline void hardest_negatives_as(const HardestNegatives& in, const Parallel& par
   stream_memory<T>(
       cut, in.prototypes, in.normalize, rows.count, parallel,
       [&](int64_t j) { return in.occupied == nullptr || in.occupied[j]; },
-      [&](const Tile<T>& tile, T* cosines, int64_t chunk, int64_t p) {
+      [&] { return lowest_bars<T>(batch, padded); },
+      [&](const Buffer<T>& bars, const Tile<T>& tile, T* cosines, int64_t chunk, int64_t p) {
         tile.products(rows.panel(p), rows.vectors(p), cosines);
-        offer_panel(tile, rows, p, targets.get(), cosines, lists[chunk]);
+        add_panel(tile, rows, p, targets.get(), cosines, bars, lists[chunk]);
       });
 
   parallel.each(

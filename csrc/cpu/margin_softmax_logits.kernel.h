@@ -75,7 +75,8 @@ class LogitsBackward {
           for (int64_t j = cut_.first(chunk); in_.grad_prototypes && j < end; j++)
             if (!present(j)) worker.gradients.write_zeros(j);
           for (int64_t slot = cut_.first(chunk); slot < end;) {
-            slot = worker.tile.load(slot, end, present);
+            slot = worker.tile.take(slot, end, present);
+            worker.tile.pack();
             for (int64_t p = 0; p < rows_.count; p++) {
               T* h = worker.h.get() + p * worker.tile.capacity * panel_rows<T>;
               read_gradients(worker.tile, p, worker.slopes.get(), h);

@@ -56,7 +56,9 @@ class Forward {
              int64_t{16} << 20, x_.count, parallel.threads()),
         totals_(zeroed<T>(cut_.chunks * padded_, parallel)),
         shifts_(cut_.chunks * padded_),
-        moments_(zeroed<T>(in_.with_gradient ? cut_.chunks * padded_ * padded_dim_ : 0, parallel)) {
+        moments_(zeroed<T>(in_.with_gradient ? cut_.chunks * padded_ * padded_dim_ : 0, parallel)),
+        past_cache_(stores_past_cache && reinterpret_cast<std::uintptr_t>(in_.kept) % vector_bytes == 0 &&
+                    dim_ % lanes<T> == 0 && in_.prototypes.rows * dim_ * int64_t{sizeof(T)} >= large) {
     std::fill_n(shifts_.get(), cut_.chunks * padded_, in_.running ? none : static_cast<T>(in_.offset));
   }
 
@@ -74,6 +76,7 @@ class Forward {
 
  private:
   static constexpr T none = -std::numeric_limits<T>::infinity();
+  static constexpr int64_t large = int64_t{32} << 20;  // bytes that no cache keeps until backward
 
   Partial<T> partial(int64_t chunk, int64_t p) const {
     const int64_t at = chunk * padded_ + x_.first(p);
@@ -92,15 +95,21 @@ class Forward {
       if (in_.running) raise_shift<false>(tile, targets, vectors, nullptr, logits, sums);
       exponentiate<false>(tile, targets, vectors, nullptr, logits, sums);
     }
-    keep(tile, logits, p);
     if (in_.with_gradient) tile.add_moments(logits, vectors, sums.moment);
+    keep(tile, logits, p);  // last: its stores are under way while the next panel's products are formed
   }
 
   // Writes e^{s h - offset} h' of the samples to be kept, slot by slot.
   void keep(const Tile<T>& tile, const T* logits, int64_t p) const {
     const int64_t count = min_of(panel_rows<T>, in_.kept_rows - x_.first(p));
-    for (int64_t t = 0; count > 0 && t < tile.count(); t++)
-      std::copy_n(logits + t * panel_rows<T>, count, static_cast<T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p));
+    for (int64_t t = 0; count > 0 && t < tile.count(); t++) {
+      T* to = static_cast<T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p);
+      for (int64_t r = 0; r < count; r += lanes<T>) {
+        const Vec<T> e = vload<T>(logits + t * panel_rows<T> + r);
+        const bool whole = count - r >= lanes<T>;
+        past_cache_&& whole ? vstore_past_cache<T>(to + r, e) : vstore_first<T>(to + r, e, min_of(count - r, lanes<T>));
+      }
+    }
   }
 
   // logits y -> e^{s h - shift} h', in place; adds e^{s h - shift} to the total. The target's entry becomes 0.
@@ -182,6 +191,7 @@ class Forward {
   Panels<T> x_;
   Cut cut_;
   Buffer<T> totals_, shifts_, moments_;  // [chunk][row], and [chunk][panel][d][row]
+  const bool past_cache_;                // how `kept` is written
 };
 
 // ---- forward, over chosen slots only --------------------------------------------------------------------------------
@@ -283,7 +293,8 @@ class Backward {
         rows_(pack_rows(static_cast<const T*>(in_.x.data), batch_, dim_, static_cast<T>(in_.scale), parallel)),
         gradients_(
             in_.grad_prototypes, in_.prototypes, in_.normalize, static_cast<const T*>(in_.x.data), batch_,
-            [](int64_t) { return true; }, parallel) {
+            [](int64_t) { return true; }, parallel),
+        kept_panels_(in_.kept_rows >= batch_ ? rows_.count : in_.kept_rows / panel_rows<T>) {
     const int64_t padded = padded_rows<T>(batch_);
     const T* n = static_cast<const T*>(in_.n);
     const T* grad_n = static_cast<const T*>(in_.grad_n);
@@ -314,13 +325,11 @@ class Backward {
           for (int64_t j = item * block; j < end; j++)
             if (!present(j)) worker.gradients.write_zeros(j);
           for (int64_t slot = item * block; slot < end;) {
-            slot = worker.tile.load(slot, end, present);
-            for (int64_t p = 0; p < rows_.count; p++) {
+            slot = worker.tile.take(slot, end, present);
+            kept_probabilities(worker.tile, worker.p.get());
+            if (kept_panels_ < rows_.count) worker.tile.pack();
+            for (int64_t p = kept_panels_; p < rows_.count; p++) {
               T* at = worker.p.get() + p * worker.tile.capacity * panel_rows<T>;
-              if (rows_.first(p) + rows_.filled(p) <= in_.kept_rows) {
-                kept_probabilities(worker.tile, p, at);
-                continue;
-              }
               worker.tile.products(rows_.panel(p), rows_.vectors(p), at);
               form_.present ? probabilities<true>(worker.tile, p, at) : probabilities<false>(worker.tile, p, at);
             }
@@ -361,19 +370,23 @@ class Backward {
     }
   }
 
-  // The same from what forward kept: dL/dn s e^{offset - n} times it. A row without probabilities may hold NaN.
-  void kept_probabilities(const Tile<T>& tile, int64_t p, T* out) const {
-    const PanelTargets<T> targets(tile, targets_ + rows_.first(p));
+  // The same for the panels whose samples were all kept: dL/dn s e^{offset - n} times what forward kept, slot by slot,
+  // as it lies in memory. A row without probabilities may hold NaN.
+  void kept_probabilities(const Tile<T>& tile, T* out) const {
+    const int64_t panel = tile.capacity * panel_rows<T>;
     for (int64_t t = 0; t < tile.count(); t++) {
-      T row[panel_rows<T>] = {};
-      std::copy_n(static_cast<const T*>(in_.grad_prototypes.data) + tile.slot(t) * dim_ + rows_.first(p),
-                  rows_.filled(p), row);
-      for (int v = 0; v < rows_.vectors(p); v++) {
-        const Vec<T> factor = vload<T>(kept_factor_.get() + rows_.first(p) + v * lanes<T>);
-        const Vec<T> q = factor == 0 ? broadcast<T>(0) : factor * vload<T>(row + v * lanes<T>);
-        const Vec<T> grad_cosine = vload<T>(grad_cosine_.get() + rows_.first(p) + v * lanes<T>);
-        vstore<T>(out + t * panel_rows<T> + v * lanes<T>, targets.at(v, t) ? grad_cosine : q);
-      }
+      const T* kept = static_cast<const T*>(in_.grad_prototypes.data) + tile.slot(t) * dim_;
+      for (int64_t p = 0; p < kept_panels_; p++)
+        for (int v = 0; v < rows_.vectors(p); v++) {
+          const int64_t row = rows_.first(p) + v * lanes<T>;
+          const Vec<T> factor = vload<T>(kept_factor_.get() + row);
+          const Vec<T> q = factor * vload_first<T>(kept + row, min_of(batch_ - row, lanes<T>));
+          vstore<T>(out + p * panel + t * panel_rows<T> + v * lanes<T>, factor == 0 ? broadcast<T>(0) : q);
+        }
+    }
+    for (int64_t i = 0; i < kept_panels_ * panel_rows<T> && i < batch_; i++) {
+      const int64_t t = tile.find(targets_[i]), p = i / panel_rows<T>;
+      if (t >= 0) out[p * panel + t * panel_rows<T> + i % panel_rows<T>] = grad_cosine_[i];
     }
   }
 
@@ -384,6 +397,7 @@ class Backward {
   const HardForm<T>& form_;
   Panels<T> rows_;
   SlotGradients<T> gradients_;
+  const int64_t kept_panels_;  // those whose samples were all kept
   Buffer<T> n_, factor_, kept_factor_, grad_cosine_;
 };
 

@@ -177,11 +177,15 @@ class Tile {
 
   // Takes the next slots of [from, to) for which present(slot), at most `capacity`; returns where to go on.
   template <class Present>
-  int64_t load(int64_t from, int64_t to, const Present& present) {
+  int64_t take(int64_t from, int64_t to, const Present& present) {
     for (count_ = 0; from < to && count_ < capacity; from++)
       if (present(from)) slots_[count_++] = from;
-    for (int64_t t = 0; t < count_; t += step) pack(t);
     return from;
+  }
+
+  // Reads the prototypes of the slots, for products and add_moments.
+  void pack() {
+    for (int64_t t = 0; t < count_; t += step) pack(t);
   }
 
   // S[j][i] for the padded count of slots, into out[slot][panel_rows].
@@ -235,28 +239,41 @@ struct Cut {
   int64_t first_panel(int64_t group, int64_t panels) const { return panels * group / groups; }
 };
 
-// Streams the memory past the panels of the batch: consume(tile, scratch, chunk, p) for every tile of the slots that
-// are present and every panel p of `panels`; `scratch` holds one panel of the tile's logits, [slot][row].
-template <class T, class Present, class Consume>
+// Streams the memory past the panels of the batch: consume(state, tile, scratch, chunk, p) for every tile of the slots
+// that are present and every panel p of `panels`; `scratch` holds one panel of the tile's logits, [slot][row]. Each
+// thread makes its own state, and meets the slots in ascending order.
+template <class T, class Present, class MakeState, class Consume>
 inline void stream_memory(const Cut& cut, const Matrix& prototypes, bool normalize, int64_t panels,
-                          const Parallel& parallel, const Present& present, const Consume& consume) {
+                          const Parallel& parallel, const Present& present, const MakeState& make_state,
+                          const Consume& consume) {
   struct Worker {
     Tile<T> tile;
     Buffer<T> scratch;
-    Worker(const Matrix& prototypes, bool normalize)
-        : tile(prototypes, normalize), scratch(tile.capacity * panel_rows<T>) {}
+    decltype(make_state()) state;
+    Worker(const Matrix& prototypes, bool normalize, const MakeState& make_state)
+        : tile(prototypes, normalize), scratch(tile.capacity * panel_rows<T>), state(make_state()) {}
   };
   parallel.each(
-      cut.chunks * cut.groups, [&] { return Worker(prototypes, normalize); },
+      cut.chunks * cut.groups, [&] { return Worker(prototypes, normalize, make_state); },
       [&](Worker& worker, int64_t item) {
         const int64_t chunk = item / cut.groups, group = item % cut.groups;
         const int64_t first = cut.first_panel(group, panels), last = cut.first_panel(group + 1, panels);
         for (int64_t slot = cut.first(chunk); slot < cut.first(chunk + 1);) {
-          slot = worker.tile.load(slot, cut.first(chunk + 1), present);
+          slot = worker.tile.take(slot, cut.first(chunk + 1), present);
+          worker.tile.pack();
           for (int64_t p = first; p < last && worker.tile.count() > 0; p++)
-            consume(worker.tile, worker.scratch.get(), chunk, p);
+            consume(worker.state, worker.tile, worker.scratch.get(), chunk, p);
         }
       });
+}
+
+// The same without a state.
+template <class T, class Present, class Consume>
+inline void stream_memory(const Cut& cut, const Matrix& prototypes, bool normalize, int64_t panels,
+                          const Parallel& parallel, const Present& present, const Consume& consume) {
+  stream_memory<T>(
+      cut, prototypes, normalize, panels, parallel, present, [] { return 0; },
+      [&](int, const Tile<T>& tile, T* scratch, int64_t chunk, int64_t p) { consume(tile, scratch, chunk, p); });
 }
 
 // `size` zeros, written by all threads.
