@@ -32,17 +32,23 @@ def check_matches(name: str, value: Tensor, shape: tuple[int, ...], other_name: 
         raise ValueError(
             f"{name} must have shape {shape} to match {other_name} {shape_of(other)}, got {shape_of(value)}"
         )
-    if value.device != other.device:
+    check_device(name, value, other_name, other)
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that the tensor lies on the device of ``other``."""
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:  # two flags are quicker than two devices
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
 
 
 def check_batch(embeddings: Any, labels: Any, name: str = "labels") -> None:
     """Check ``embeddings`` (B, D) floating and ``labels`` (B,) integers."""
     check_tensor("embeddings", embeddings, 2, "(B, D)", floating=True)
-    if embeddings.shape[1] == 0:
+    batch, columns = embeddings.shape
+    if columns == 0:
         raise ValueError(f"embeddings must have at least one column, got {shape_of(embeddings)}")
     check_tensor(name, labels, 1, "(B,)", floating=False)
-    check_matches(name, labels, (embeddings.shape[0],), "embeddings", embeddings)
+    check_matches(name, labels, (batch,), "embeddings", embeddings)
 
 
 def check_weights(weights: Any, embeddings: Tensor) -> None:
@@ -60,8 +66,7 @@ def check_prototypes(prototypes: Any, embeddings: Tensor) -> None:
             f"prototypes must have shape (M, {embeddings.shape[1]}) to match embeddings {shape_of(embeddings)}, "
             f"got {shape_of(prototypes)}"
         )
-    if prototypes.device != embeddings.device:
-        raise ValueError(f"prototypes must be on {embeddings.device} like embeddings, got {prototypes.device}")
+    check_device("prototypes", prototypes, "embeddings", embeddings)
 
 
 def check_occupied(occupied: Any, prototypes: Tensor) -> None:

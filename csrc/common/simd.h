@@ -10,7 +10,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -85,17 +85,22 @@ inline void vstore_first(T* p, Vec<T> v, int64_t n) {
   std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// Stores whole cache lines without fetching them first, for large arrays that are read much later; `p` is aligned to
-// the vector. Another thread sees them after this one's next atomic read-modify-write (or lock).
-constexpr bool stores_past_cache = vector_bytes == 64;
+// Stores without fetching the cache line first, for whole lines of large arrays that are read much later; `p` is
+// aligned to the vector. Another thread sees them after this one's next atomic read-modify-write (or lock).
 template <class T>
 inline void vstore_past_cache(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
 #else
   vstore<T>(p, v);
 #endif
 }
+inline bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % vector_bytes == 0; }
+constexpr bool is_large(int64_t bytes) { return bytes >= int64_t{32} << 20; }  // no cache keeps it until it is read
 
 template <class T>
 inline IntVec<T> ivload(const typename Lanes<T>::Integer* p) {

@@ -6,6 +6,41 @@
 
 namespace protomem::PROTOMEM_ISA {
 
+// out[r][slot] = panel[slot][r] for the slots of a tile and r < count; the rows of `out` are `out_row` apart. `block`
+// has room for a panel: [slot / width][row][slot % width], transposed in registers. A row's slots are written together,
+// as whole cache lines that are not fetched before if `past_cache`.
+template <class T>
+inline void store_transposed(const Tile<T>& tile, const T* panel, T* block, int64_t count, T* out, int64_t out_row,
+                             bool past_cache) {
+  constexpr int64_t width = lanes<T>;
+  const int64_t first = tile.slot(0), slots = tile.count();
+  if (tile.slot(slots - 1) - first != slots - 1) {  // there are empty slots in between
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t t = 0; t < slots; t++) out[r * out_row + tile.slot(t)] = panel[t * panel_rows<T> + r];
+    return;
+  }
+  for (int64_t t = 0; t < slots; t += width) {  // with whatever follows the last slot
+    const T* from = panel + t * panel_rows<T>;
+    T* to = block + t * panel_rows<T>;
+    for (int64_t r = 0; r < panel_rows<T>; r++) {
+      PROTOMEM_UNROLL
+      for (int64_t u = 0; u < width; u++) to[r * width + u] = from[u * panel_rows<T> + r];
+    }
+  }
+  for (int64_t r = 0; r < count; r++) {
+    T* to = out + r * out_row + first;
+    const bool whole = past_cache && is_aligned(to);
+    for (int64_t t = 0; t < slots; t += width) {
+      const Vec<T> some = vload<T>(block + t * panel_rows<T> + r * width);
+      if (whole && t + width <= slots) {
+        vstore_past_cache<T>(to + t, some);
+      } else {
+        vstore_first<T>(to + t, some, min_of(width, slots - t));
+      }
+    }
+  }
+}
+
 template <class T>
 inline void margin_softmax_logits_as(const MarginSoftmaxLogits& in, const Parallel& parallel) {
   const int64_t batch = in.x.rows, capacity = in.prototypes.rows, padded = padded_rows<T>(batch);
@@ -18,12 +53,14 @@ inline void margin_softmax_logits_as(const MarginSoftmaxLogits& in, const Parall
       for (int64_t j = 0; j < capacity; j++)
         if (!in.occupied[j]) logits[i * capacity + j] = -std::numeric_limits<T>::infinity();
     });
+  const bool large = is_large(batch * capacity * int64_t{sizeof(T)});
   const int64_t chunks = 16 * parallel.threads();  // nothing is kept per chunk
   const Cut cut(capacity, chunks, 1, chunks, rows.count, parallel.threads());
   stream_memory<T>(
       cut, in.prototypes, in.normalize, rows.count, parallel,
       [&](int64_t j) { return in.occupied == nullptr || in.occupied[j]; },
-      [&](const Tile<T>& tile, T* panel, int64_t, int64_t p) {
+      [&] { return Buffer<T>(tile_slots<T>(in.x.cols) * panel_rows<T>); },
+      [&](const Buffer<T>& block, const Tile<T>& tile, T* panel, int64_t, int64_t p) {
         tile.products(rows.panel(p), rows.vectors(p), panel);
         if (form.present)
           for (int64_t t = 0; t < tile.count(); t++)
@@ -31,10 +68,7 @@ inline void margin_softmax_logits_as(const MarginSoftmaxLogits& in, const Parall
               T* at = panel + t * panel_rows<T> + v * lanes<T>;
               vstore<T>(at, form.logit(vload<T>(at), vload<T>(form.tau.get() + rows.first(p) + v * lanes<T>)));
             }
-        for (int64_t r = 0; r < rows.filled(p); r++) {
-          T* out = logits + (rows.first(p) + r) * capacity;
-          for (int64_t t = 0; t < tile.count(); t++) out[tile.slot(t)] = panel[t * panel_rows<T> + r];
-        }
+        store_transposed(tile, panel, block.get(), rows.filled(p), logits + rows.first(p) * capacity, capacity, large);
       });
   const Buffer<int64_t> targets = valid_targets(in.targets, capacity, padded);
   for (int64_t i = 0; i < batch; i++)

@@ -57,8 +57,8 @@ class Forward {
         totals_(zeroed<T>(cut_.chunks * padded_, parallel)),
         shifts_(cut_.chunks * padded_),
         moments_(zeroed<T>(in_.with_gradient ? cut_.chunks * padded_ * padded_dim_ : 0, parallel)),
-        past_cache_(stores_past_cache && reinterpret_cast<std::uintptr_t>(in_.kept) % vector_bytes == 0 &&
-                    dim_ % lanes<T> == 0 && in_.prototypes.rows * dim_ * int64_t{sizeof(T)} >= large) {
+        past_cache_(panel_rows<T> * sizeof(T) % 64 == 0 && is_aligned(in_.kept) && dim_ % lanes<T> == 0 &&
+                    is_large(in_.prototypes.rows * dim_ * int64_t{sizeof(T)})) {
     std::fill_n(shifts_.get(), cut_.chunks * padded_, in_.running ? none : static_cast<T>(in_.offset));
   }
 
@@ -76,7 +76,6 @@ class Forward {
 
  private:
   static constexpr T none = -std::numeric_limits<T>::infinity();
-  static constexpr int64_t large = int64_t{32} << 20;  // bytes that no cache keeps until backward
 
   Partial<T> partial(int64_t chunk, int64_t p) const {
     const int64_t at = chunk * padded_ + x_.first(p);

@@ -141,7 +141,8 @@ inline Panels<T> pack_columns(const T* x, int64_t batch, int64_t dim, const Aliv
 template <class T>
 inline int64_t tile_slots(int64_t dim) {
   const int64_t fitting = (int64_t{1} << 18) / (max_of(dim, 1) * static_cast<int64_t>(sizeof(T)));
-  return max_of(4 * step, min_of(128, fitting)) / step * step;
+  constexpr int64_t multiple = step > lanes<T> ? step : lanes<T>;
+  return max_of(4 * step, min_of(128, fitting)) / multiple * multiple;
 }
 
 // Some slots of the memory, packed for the micro-kernel: [slot / step][d][slot % step], in T, of unit length if asked.
@@ -231,7 +232,7 @@ struct Cut {
   Cut(int64_t capacity_, int64_t most, int64_t bytes, int64_t budget, int64_t panels, int64_t threads)
       : capacity(capacity_),
         chunks(max_of(1, min_of(min_of(most, budget / max_of(bytes, 1)), div_up(capacity, 512)))),
-        chunk_slots(div_up(capacity, chunks)),
+        chunk_slots(round_up(div_up(capacity, chunks), 128)),  // whole tiles
         groups(chunks >= 2 * threads || threads == 1 ? 1 : max_of(1, min_of(div_up(4 * threads, chunks), panels / 4))) {
   }
 

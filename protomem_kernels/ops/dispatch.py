@@ -176,11 +176,14 @@ def values_can_be_read(tensor: Tensor) -> bool:
 
 _NOTHING = contextlib.nullcontext()
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
+_any_autocast = torch._C._is_any_autocast_enabled  # quick, where the question for one device reads its name
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return a context in which products on the tensor's device keep their dtype."""
-    device = "cpu" if tensor.is_cpu else tensor.device.type
+    if not _any_autocast():
+        return _NOTHING
+    device = tensor.device.type
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return _NOTHING
@@ -252,7 +255,7 @@ def call(name: str, *args: Any) -> Any:
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
     """Say whether a compiler, a mode or a tensor subclass wants to see operators."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # other compilers come as modes or subclasses
         return True
     for tensor in tensors:
         kind = type(tensor)
