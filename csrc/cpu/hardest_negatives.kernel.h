@@ -92,8 +92,8 @@ inline void hardest_negatives_as(const HardestNegatives& in, const Parallel& par
 
   // The selection is exact however the memory is cut; lists cost memory per chunk.
   const int64_t padded = padded_rows<T>(batch);
-  const Cut cut(capacity, 4 * parallel.threads(), CandidateLists<T>::bytes(padded, in.k, capacity), int64_t{32} << 20,
-                rows.count, parallel.threads());
+  const Cut cut(capacity, tile_slots<T>(dim), 4 * parallel.threads(), CandidateLists<T>::bytes(padded, in.k, capacity),
+                int64_t{32} << 20, rows.count, parallel.threads());
   std::vector<CandidateLists<T>> lists;
   for (int64_t c = 0; c < cut.chunks; c++) lists.emplace_back(padded, in.k, cut.chunk_slots);
   stream_memory<T>(

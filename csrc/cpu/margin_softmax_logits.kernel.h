@@ -55,7 +55,7 @@ inline void margin_softmax_logits_as(const MarginSoftmaxLogits& in, const Parall
     });
   const bool large = is_large(batch * capacity * int64_t{sizeof(T)});
   const int64_t chunks = 16 * parallel.threads();  // nothing is kept per chunk
-  const Cut cut(capacity, chunks, 1, chunks, rows.count, parallel.threads());
+  const Cut cut(capacity, tile_slots<T>(in.x.cols), chunks, 1, chunks, rows.count, parallel.threads());
   stream_memory<T>(
       cut, in.prototypes, in.normalize, rows.count, parallel,
       [&](int64_t j) { return in.occupied == nullptr || in.occupied[j]; },
@@ -97,7 +97,8 @@ class LogitsBackward {
         gradients_(
             in_.grad_prototypes, in_.prototypes, in_.normalize, x(0), in_.grad_prototypes ? batch_ : 0,
             [&](int64_t i) { return alive_[i]; }, parallel),
-        cut_(in_.prototypes.rows, 16, padded_ * padded_dim_ * int64_t{sizeof(T)}, int64_t{16} << 20, 1, 1),
+        cut_(in_.prototypes.rows, tile_slots<T>(dim_), 16, padded_ * padded_dim_ * int64_t{sizeof(T)},
+             int64_t{16} << 20, 1, 1),
         moments_(zeroed<T>(cut_.chunks * padded_ * padded_dim_, parallel)) {}
 
   void run() {

@@ -15,17 +15,18 @@
 // The memory is read once: 4 D bytes per slot for 4 B D operations (products and add_moments).
 #pragma once
 
+#include <numeric>
+
 #include "row_reader.h"
 
 namespace protomem::PROTOMEM_ISA {
 
 // Accumulators of the micro-kernel: `step` x `panel_vectors` vectors, as many as the register file holds.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int64_t step = 8;  // of 32 registers
+constexpr int64_t step = 8, panel_vectors = 3;  // of 32 registers
 #else
-constexpr int64_t step = 4;  // of 16 registers
+constexpr int64_t step = 6, panel_vectors = 2;  // of 16 registers
 #endif
-constexpr int64_t panel_vectors = 3;
 template <class T>
 constexpr int64_t panel_rows = panel_vectors * lanes<T>;
 
@@ -85,7 +86,7 @@ inline void multiply(int vectors, int64_t count, const T* a, int64_t a_block, co
   switch (vectors) {
     case 1: return multiply_panel<T, USE, 1>(count, a, a_block, b, c, c_row, add);
     case 2: return multiply_panel<T, USE, 2>(count, a, a_block, b, c, c_row, add);
-    default: return multiply_panel<T, USE, 3>(count, a, a_block, b, c, c_row, add);
+    default: return multiply_panel<T, USE, panel_vectors>(count, a, a_block, b, c, c_row, add);
   }
 }
 
@@ -137,12 +138,13 @@ inline Panels<T> pack_columns(const T* x, int64_t batch, int64_t dim, const Aliv
   return packed;
 }
 
-// How many slots a tile spans: its packed prototypes take a quarter of a MiB, its panel of logits fits L1.
+// How many slots a tile spans: its packed prototypes take about a quarter of a MiB, its panel of logits fits L1. Whole
+// steps, and a row of its logits whole cache lines.
 template <class T>
 inline int64_t tile_slots(int64_t dim) {
-  const int64_t fitting = (int64_t{1} << 18) / (max_of(dim, 1) * static_cast<int64_t>(sizeof(T)));
-  constexpr int64_t multiple = step > lanes<T> ? step : lanes<T>;
-  return max_of(4 * step, min_of(128, fitting)) / multiple * multiple;
+  constexpr int64_t size = sizeof(T), multiple = std::lcm(step, 64 / size);
+  const int64_t fitting = (int64_t{1} << 18) / (max_of(dim, 1) * size);
+  return round_up(max_of(32, min_of(128, fitting)), multiple);
 }
 
 // Some slots of the memory, packed for the micro-kernel: [slot / step][d][slot % step], in T, of unit length if asked.
@@ -228,11 +230,12 @@ class Tile {
 struct Cut {
   int64_t capacity, chunks, chunk_slots, groups;
 
-  // At most `most` chunks, of 512 slots at least, whose partial results of `bytes` each stay within `budget`.
-  Cut(int64_t capacity_, int64_t most, int64_t bytes, int64_t budget, int64_t panels, int64_t threads)
+  // At most `most` chunks, of 512 slots at least and of whole tiles, whose partial results of `bytes` each stay within
+  // `budget`.
+  Cut(int64_t capacity_, int64_t tile, int64_t most, int64_t bytes, int64_t budget, int64_t panels, int64_t threads)
       : capacity(capacity_),
         chunks(max_of(1, min_of(min_of(most, budget / max_of(bytes, 1)), div_up(capacity, 512)))),
-        chunk_slots(round_up(div_up(capacity, chunks), 128)),  // whole tiles
+        chunk_slots(round_up(div_up(capacity, chunks), tile)),
         groups(chunks >= 2 * threads || threads == 1 ? 1 : max_of(1, min_of(div_up(4 * threads, chunks), panels / 4))) {
   }
 
