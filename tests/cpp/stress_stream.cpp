@@ -431,11 +431,12 @@ class Problem {
 template <class T>
 void expect_cut(const Case& c, int64_t chunks, int64_t groups) {
   const int64_t panels = (c.batch + PROTOMEM_ISA::panel_rows<T> - 1) / PROTOMEM_ISA::panel_rows<T>;
-  const PROTOMEM_ISA::Cut cut(c.capacity, 16, c.batch * c.dim * int64_t{sizeof(T)}, int64_t{16} << 20, panels, 8);
+  const int64_t tile = PROTOMEM_ISA::tile_slots<T>(c.dim), moments = c.batch * c.dim * int64_t{sizeof(T)};
+  const PROTOMEM_ISA::Cut cut(c.capacity, tile, 16, moments, int64_t{16} << 20, panels, 8);
   const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.capacity);
   expect(cut.chunks >= chunks, name + " is one chunk");
   expect(cut.groups >= groups, name + " is one group of rows");
-  expect(cut.chunk_slots > 2 * PROTOMEM_ISA::tile_slots<T>(c.dim), name + ": a chunk is one tile");
+  expect(cut.chunk_slots > 2 * tile, name + ": a chunk is one tile");
 }
 
 template <class T, class W>
