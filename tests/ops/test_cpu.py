@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 import protomem_kernels as pmk
 from protomem_kernels import compiled
@@ -319,6 +320,26 @@ def test_aggregate_and_enqueue_on_drawn_inputs(
                 torch.testing.assert_close(ours, truth, rtol=1e-5 if memory_dtype.itemsize > 2 else 1e-2, atol=1e-5)
             else:
                 assert torch.equal(ours, truth)
+
+
+@each_capability
+@pytest.mark.parametrize("shape", [(96, 100_000, 16), (70, 130_001, 8), (64, 20_000, 512)])
+def test_results_too_large_for_a_cache(capability: str, shape: tuple[int, int, int]) -> None:
+    """From 32 MiB on, logits and what forward keeps for the prototypes' gradient are stored past the caches."""
+    batch, capacity, dim = shape
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(batch, dim, generator=generator)
+    w = functional.normalize(torch.randn(capacity, dim, generator=generator))
+    targets = torch.randint(-1, capacity, (batch,), generator=generator)
+    assert max(batch * capacity, capacity * dim) * 4 >= 32 << 20
+
+    def logits_then_loss(x: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return pmk.margin_softmax_logits(x, w, targets), pmk.margin_softmax_loss(x, w, targets)
+
+    with use_backend("reference"):
+        truth = differentiated(logits_then_loss, x, w, targets)
+    with using(capability):
+        assert_same(differentiated(logits_then_loss, x, w, targets), truth, torch.float32)
 
 
 @each_capability
