@@ -32,12 +32,13 @@ def check_matches(name: str, value: Tensor, shape: tuple[int, ...], other_name: 
         raise ValueError(
             f"{name} must have shape {shape} to match {other_name} {shape_of(other)}, got {shape_of(value)}"
         )
-    check_device(name, value, other_name, other)
+    if not (value.is_cpu and other.is_cpu):  # two flags are quicker than two devices
+        check_device(name, value, other_name, other)
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Check that the tensor lies on the device of ``other``."""
-    if not (value.is_cpu and other.is_cpu) and value.device != other.device:  # two flags are quicker than two devices
+    if value.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
 
 

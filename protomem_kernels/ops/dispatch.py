@@ -181,8 +181,6 @@ _any_autocast = torch._C._is_any_autocast_enabled  # quick, where the question f
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return a context in which products on the tensor's device keep their dtype."""
-    if not _any_autocast():
-        return _NOTHING
     device = tensor.device.type
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -209,6 +207,8 @@ def register(
         if check_values is not None and values_can_be_read(tensors[0]):
             check_values(*args)
         kernel = select(name, tensors)
+        if not _any_autocast():
+            return kernel(*args)
         with without_autocast(tensors[0]):
             return kernel(*args)
 
@@ -231,6 +231,9 @@ _DIRECT: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function] | Non
 # Looked up once: calls of these are a good part of what a small call costs.
 _count_modes = torch._C._len_torch_dispatch_stack
 _transform_level = torch._C._functorch.maybe_current_level
+# To look a type up is quicker than isinstance.
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_NUMBERS = frozenset({type(None), bool, int, float})
 
 
 def call(name: str, *args: Any) -> Any:
@@ -239,9 +242,9 @@ def call(name: str, *args: Any) -> Any:
     The dispatcher calls a Python implementation through two more Python frames and boxes every argument each way,
     which costs small calls more than the work itself. A compiler, a mode or a tensor subclass still sees the operator.
     """
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if is_watched(tensors):
+    if is_watched(args):
         return getattr(torch.ops.protomem, name).default(*args)
+    tensors = [arg for arg in args if type(arg) in _TENSORS]
     serve, function = _DIRECT[name]
     if function is not None and torch.is_grad_enabled():
         for tensor in tensors:
@@ -253,13 +256,13 @@ def call(name: str, *args: Any) -> Any:
     return serve(tensors, args)
 
 
-def is_watched(tensors: Sequence[Tensor]) -> bool:
-    """Say whether a compiler, a mode or a tensor subclass wants to see operators."""
+def is_watched(args: Sequence[Any]) -> bool:
+    """Say whether a compiler, a mode or a tensor subclass among the arguments wants to see operators."""
     if torch.compiler.is_dynamo_compiling():  # other compilers come as modes or subclasses
         return True
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is not Tensor and kind is not torch.nn.Parameter:
+    for arg in args:
+        kind = type(arg)
+        if kind not in _TENSORS and kind not in _NUMBERS and isinstance(arg, Tensor):
             return True
     return _count_modes() > 0
 
