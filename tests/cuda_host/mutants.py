@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -76,9 +77,15 @@ CUTS = {
 
 @cache
 def _processes() -> ForkServerContext:
-    """Return where to start processes that have imported torch already."""
+    """Return where to start processes that have imported torch already.
+
+    Their fresh memory is no friendly zeros, but bytes of 127: a fault may read past an array's end.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_PERTURB_", "128")  # when the server starts, which hands it on
+        forkserver.ensure_running()
     return context
 
 
