@@ -29,15 +29,8 @@ inline void store_transposed(const Tile<T>& tile, const T* panel, T* block, int6
   }
   for (int64_t r = 0; r < count; r++) {
     T* to = out + r * out_row + first;
-    const bool whole = past_cache && is_aligned(to);
-    for (int64_t t = 0; t < slots; t += width) {
-      const Vec<T> some = vload<T>(block + t * panel_rows<T> + r * width);
-      if (whole && t + width <= slots) {
-        vstore_past_cache<T>(to + t, some);
-      } else {
-        vstore_first<T>(to + t, some, min_of(width, slots - t));
-      }
-    }
+    store_vectors<T>(to, slots, past_cache && is_aligned(to),
+                     [&](int64_t t) { return vload<T>(block + t * panel_rows<T> + r * width); });
   }
 }
 

@@ -104,11 +104,7 @@ class Forward {
     const int64_t count = min_of(panel_rows<T>, in_.kept_rows - x_.first(p));
     for (int64_t t = 0; count > 0 && t < tile.count(); t++) {
       T* to = static_cast<T*>(in_.kept) + tile.slot(t) * dim_ + x_.first(p);
-      for (int64_t r = 0; r < count; r += lanes<T>) {
-        const Vec<T> e = vload<T>(logits + t * panel_rows<T> + r);
-        const bool whole = count - r >= lanes<T>;
-        past_cache_&& whole ? vstore_past_cache<T>(to + r, e) : vstore_first<T>(to + r, e, min_of(count - r, lanes<T>));
-      }
+      store_vectors<T>(to, count, past_cache_, [&](int64_t r) { return vload<T>(logits + t * panel_rows<T> + r); });
     }
   }
 

@@ -280,6 +280,20 @@ inline void stream_memory(const Cut& cut, const Matrix& prototypes, bool normali
       [&](int, const Tile<T>& tile, T* scratch, int64_t chunk, int64_t p) { consume(tile, scratch, chunk, p); });
 }
 
+// Stores n numbers at `to`, from(i) being the vector that begins with the i-th; whole vectors past the caches if so
+// asked, for which `to` must be aligned.
+template <class T, class From>
+inline void store_vectors(T* to, int64_t n, bool past_cache, const From& from) {
+  for (int64_t i = 0; i < n; i += lanes<T>) {
+    const int64_t left = min_of(n - i, lanes<T>);
+    if (past_cache && left == lanes<T>) {
+      vstore_past_cache<T>(to + i, from(i));
+    } else {
+      vstore_first<T>(to + i, from(i), left);
+    }
+  }
+}
+
 // `size` zeros, written by all threads.
 template <class T>
 inline Buffer<T> zeroed(int64_t size, const Parallel& parallel) {
