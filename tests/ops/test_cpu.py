@@ -318,6 +318,7 @@ def test_aggregate_and_enqueue_on_drawn_inputs(
         for ours, truth in zip(states["cpu"], states["reference"], strict=True):
             if ours.is_floating_point():
                 torch.testing.assert_close(ours, truth, rtol=1e-5 if memory_dtype.itemsize > 2 else 1e-2, atol=1e-5)
+                ours.copy_(truth)  # a rounding to the other side is one unit now, not two after the next refresh
             else:
                 assert torch.equal(ours, truth)
 
