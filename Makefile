@@ -67,7 +67,7 @@ sanitize: $(READY)
 	cp -r tests pyproject.toml $(SANITIZED)
 	@echo "sanitize: the extension is built with address,undefined in build/sanitized"
 	cd $(SANITIZED) && LD_PRELOAD=$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libubsan.so) \
-	    ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED)/report UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
+	    ASAN_OPTIONS=detect_leaks=0:handle_abort=1:handle_sigill=1:log_path=$(SANITIZED)/report UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED)/report \
 	    PROTOMEM_SANITIZED=$(SANITIZED) PYTHONPATH=$(SANITIZED) \
 	    $(CURDIR)/$(BIN)/python -m pytest -n 2 -k cpu -m "not slow and not timing" --no-cov -p no:cacheprovider tests/ops \
 	    || { cat report.*; exit 1; }
