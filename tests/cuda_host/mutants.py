@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.cuda_host.operators import SOURCES, build_library, open_library
+from tests.warm_processes import warm_processes
 
 NAMESPACE = "protomem_mutant"
 
@@ -75,20 +72,6 @@ CUTS = {
 }
 
 
-@cache
-def _processes() -> ForkServerContext:
-    """Return where to start processes that have imported torch already.
-
-    Their fresh memory is no friendly zeros, but bytes of 127: a fault may read past an array's end.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MALLOC_PERTURB_", "128")  # when the server starts, which hands it on
-        forkserver.ensure_running()
-    return context
-
-
 def _mutate(csrc: Path, edits: list[tuple[str, str, str]]) -> None:
     for file, old, new in edits:
         text = (csrc / file).read_text(encoding="utf-8")
@@ -133,8 +116,9 @@ def notices(checks: str, operator: str, fault: Fault | None, mode: str, folder: 
     _mutate(csrc, [*CUTS[operator], *([] if fault is None else [fault[1:4]])])
     library = build_library(mode, csrc / "cuda", folder / "built", NAMESPACE, ["-g0"])
 
-    begun = _processes().Event()
-    process = _processes().Process(target=_run, args=(checks, operator, mode, library, begun))
+    processes = warm_processes("torch")
+    begun = processes.Event()
+    process = processes.Process(target=_run, args=(checks, operator, mode, library, begun))
     process.start()
     process.join(timeout=300)  # a fault may also leave a kernel in a loop
     process.kill()

@@ -1,49 +1,35 @@
-"""One fault in a copy of the package, and its tests on it in a process of their own.
-
-Processes are forked from one that has imported torch already, which otherwise is a good part of their time.
-"""
+"""One fault in a copy of the package, and its tests on it in a process of their own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-from functools import cache
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 
 from tests.mutants.faults import Fault
+from tests.warm_processes import warm_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)  # the interpreter writes wherever a faulty Triton kernel points
 IGNORE = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis", "_C*")
-PRELOADED = ["torch", "torch.testing", "pytest", "hypothesis", "hypothesis.strategies"]
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "PROTOMEM_MUTANT": "1",
-    "PROTOMEM_DISABLE_COMPILED": "1",  # the faults are in Python: the reference has to serve
-    "MALLOC_PERTURB_": "128",  # fresh memory is no friendly zeros, but bytes of 127: huge numbers
-}
+PRELOADED = ("torch", "torch.testing", "pytest", "hypothesis", "hypothesis.strategies")
+ENVIRONMENT = (
+    ("OMP_NUM_THREADS", "1"),
+    ("PROTOMEM_MUTANT", "1"),
+    ("PROTOMEM_DISABLE_COMPILED", "1"),  # the faults are in Python: the reference has to serve
+)
 BASE = 100  # of exit codes, as Python itself ends with 1 when something raises
 
 # Whoever starts a process also looks whether others have ended. Two threads that ask at once read the same pipe, and
 # the second one takes its end for the exit code 255.
 _reading_exit_codes = threading.Lock()
-
-
-@cache
-def _processes() -> ForkServerContext:
-    os.environ.update(ENVIRONMENT)  # before the server starts, which hands it on
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
 
 
 def _run(fault: Fault, folder: Path) -> None:
@@ -75,8 +61,8 @@ def verdict_on(fault: Fault) -> str:
         shutil.copytree(ROOT / "tests", folder / "tests", ignore=IGNORE)
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "protomem_kernels" / fault.file).write_text(source.replace(fault.before, fault.after))
-        process = _processes().Process(target=_run, args=(fault, folder))
         with _reading_exit_codes:
+            process = warm_processes(*PRELOADED, environment=ENVIRONMENT).Process(target=_run, args=(fault, folder))
             process.start()
         wait([process.sentinel])
         with _reading_exit_codes:
