@@ -10,8 +10,8 @@ CUDA_BUILT := $(VENV)/.built-cuda
 ARGS   ?=
 # nvcc comes from PyPI for Linux alone.
 CUDA_PART := $(if $(filter Linux,$(shell uname -s)),cuda)
-CXX_FILES := $(shell find csrc tests/cuda_host -type f -name '*.h' -o -type f -name '*.cpp' 2>/dev/null)
-CUDA_FILES := $(shell find csrc/cuda csrc/common -type f)
+CXX_FILES := $(shell find csrc tests -type f -name '*.h' -o -type f -name '*.cpp')
+CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -path 'csrc/*.h')
 
 .PHONY: train test triton extension cuda cuda-host lint format types timing mutants sanitize lock clean
 
@@ -21,8 +21,8 @@ train: $(BUILT)
 # Under coverage Python runs at half its speed, above all Triton's interpreter: it is on where lines of the package would
 # not run otherwise, once.
 PYTEST         := $(BIN)/python -m pytest -n 2 --dist worksteal
-NOT_COVERED    := tests/cuda_host tests/static
-TRITON_COVERED := $(addprefix tests/ops/test_,triton_batch.py triton_stream.py registration.py)
+NOT_COVERED    := tests/backends/cuda tests/cuda_host tests/benchmarks/static
+TRITON_COVERED := tests/backends/triton/test_batch.py tests/backends/triton/test_stream.py tests/ops/test_registration.py
 test: lint types extension $(CUDA_PART) timing mutants
 	$(PYTEST) -m "not timing" --cov --cov-report= $(NOT_COVERED:%=--ignore=%) $(ARGS)
 	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(TRITON_COVERED) $(ARGS)"
@@ -36,7 +36,7 @@ triton: $(BUILT)
 # The CUDA kernels alone: built for real GPUs and their machine code read, then executed on the CPU in three builds
 # (plain, sanitizers, race check) with faults planted.
 cuda-host: $(BUILT) $(CUDA_PART)
-	$(PYTEST) tests/cuda_host tests/static/test_cuda_objects.py $(ARGS)
+	$(PYTEST) tests/cuda_host tests/backends/cuda $(ARGS)
 
 timing: $(BUILT)
 	$(BIN)/python -m pytest -q -m timing --no-header -rP tests/test_speed.py
@@ -55,10 +55,10 @@ types: $(READY)
 	$(BIN)/mypy
 
 mutants: $(BUILT)
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.faults
 
 # The compiled part under the sanitizers. The contract suites run on a copy of the package beside the tests, so that
-# the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in tests/cpp,
+# the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in tests/backends/cpu/stress,
 # which `make test` runs too. In all some minutes.
 SANITIZED := $(CURDIR)/build/sanitized
 sanitize: $(READY)
@@ -72,7 +72,7 @@ sanitize: $(READY)
 	    $(CURDIR)/$(BIN)/python -m pytest -n 2 -k cpu -m "not slow and not timing" --no-cov -p no:cacheprovider tests/ops \
 	    || { cat report.*; exit 1; }
 	@echo "sanitize: the contract suites are clean under address,undefined, with every instruction set"
-	PROTOMEM_STRESS=required $(BIN)/python -m pytest -v --no-header --no-cov tests/test_cpp.py
+	PROTOMEM_STRESS=required $(BIN)/python -m pytest -v --no-header --no-cov tests/backends/cpu/test_stress.py
 	@echo "sanitize: the stress programs are clean under thread and under address,undefined"
 
 # The compiled CPU part, into protomem_kernels/: built again when its sources change, and only what changed.

@@ -195,7 +195,9 @@ class BuildParts(build_ext):
         target = Path(self.get_ext_fullpath(part.name))
         if part.mode == "keep":
             return target.exists()
-        note = target.with_name(f"{part.name.split('.')[-1]}.missing.txt")  # read by protomem_kernels/compiled.py
+        note = target.with_name(
+            f"{part.name.split('.')[-1]}.missing.txt"
+        )  # read by protomem_kernels/backends/native.py
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if part.mode == "0":

@@ -1,6 +1,6 @@
 """Options, marks and fixtures of the suite.
 
-``python -m pytest benchmarks --sizes tiny`` is a quick try; ``protomem bench`` passes every option on.
+``python -m pytest benchmarks --sizes tiny`` is a quick try; ``python -m benchmarks`` passes every option on.
 
 A benchmark that asks for ``size`` runs at every size, one that asks for ``peer`` for every peer; the marks ``centre``,
 ``peers`` and ``regimes`` narrow or widen that.

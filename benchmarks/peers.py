@@ -23,8 +23,8 @@ from torch.nn import functional
 
 import protomem_kernels as pmk
 from benchmarks.inputs import Problem, Size
+from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.mining import MiningRule
-from protomem_kernels.ops.dispatch import BACKENDS
 
 MARGIN, SCALE = 0.5, 64.0
 TILES = {"cpu": 1024, "cuda": 16_384}  # slots per product in G: what stays in cache, and what fills a GPU

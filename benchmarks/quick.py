@@ -1,6 +1,7 @@
-"""The figures that the project holds itself to: what they must be, and what they aim at (``protomem bench --quick``).
+"""The figures that the project holds itself to: what they must be, and what they aim at.
 
-B = 512, M = 100,000, D = 512, float32, ArcFace, fresh data. Under two minutes on two cores.
+``python -m benchmarks --quick`` measures them: B = 512, M = 100,000, D = 512, float32, ArcFace, fresh data. Under two
+minutes on two cores.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import protomem_kernels as pmk
-from protomem_kernels.datasets import orl_faces, split_by_fold
-from protomem_kernels.evaluation import evaluate
-from protomem_kernels.sampling import IdentityBatchSampler
+from protomem_kernels.data.evaluation import evaluate
+from protomem_kernels.data.images import orl_faces, split_by_fold
+from protomem_kernels.data.sampling import IdentityBatchSampler
 
 
 def main(steps: int = 150) -> float:

@@ -1,5 +1,6 @@
 """Prototype Memory for PyTorch: fused operators and modules for training embedding models on millions of identities."""
 
+from protomem_kernels.backends.choice import explain, use_backend
 from protomem_kernels.losses import DSoftmaxLoss, MarginSoftmaxLoss, PrototypeMemoryLoss, PrototypeMemoryStats
 from protomem_kernels.margins import (
     AdaFace,
@@ -13,17 +14,16 @@ from protomem_kernels.margins import (
 )
 from protomem_kernels.memory import PrototypeMemory
 from protomem_kernels.mining import CurricularFace, HardestNegatives, HardSamples, MVSoftmax, NoisyNegativeFilter
-from protomem_kernels.ops import (
-    aggregate_prototypes,
-    enqueue_,
-    explain,
-    hardest_negatives,
-    margin_softmax_logits,
-    margin_softmax_loss,
-    use_backend,
-)
+from protomem_kernels.objective import margin_softmax_logits, margin_softmax_loss
+from protomem_kernels.ops import aggregate_prototypes, enqueue_, hardest_negatives
 from protomem_kernels.quality import CenterQuality, NormQuality, RecognizabilityQuality, SoftmaxQuality
-from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MarginSoftmaxStats, MemoryState
+from protomem_kernels.types import (
+    AggregatedPrototypes,
+    EnqueueResult,
+    HardestNegativesResult,
+    MarginSoftmaxStats,
+    MemoryState,
+)
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "EnqueueResult",
     "HardSamples",
     "HardestNegatives",
+    "HardestNegativesResult",
     "MVSoftmax",
     "MagFace",
     "MarginSoftmaxLoss",

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from protomem_kernels import reference
 from protomem_kernels._checks import check_choice, check_int
-from protomem_kernels.margins import ArcFace, DSoftmax, Margin
+from protomem_kernels._torch import without_autocast
+from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax
 from protomem_kernels.memory import PrototypeMemory, sample_slots
 from protomem_kernels.mining import MiningRule
-from protomem_kernels.ops import hardest_negatives, margin_softmax_loss
-from protomem_kernels.ops.dispatch import without_autocast
+from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective, loss_over_banks, margin_softmax_loss
+from protomem_kernels.ops import hardest_negatives
 from protomem_kernels.ops.enqueue import enqueue_keeping_previous_
-from protomem_kernels.ops.margin_softmax_loss import REDUCTIONS, Bank, check_objective, loss_over_banks
 from protomem_kernels.quality import QualityEstimator
+from protomem_kernels.rows import normalize_rows_, refreshed_rows
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
 PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
@@ -54,7 +54,7 @@ class PrototypeMemoryLoss(nn.Module):
     Args:
         embedding_dim: D.
         capacity: M, the number of prototypes kept.
-        margin: see ``protomem_kernels.margins``; a ``DSoftmax`` for that loss.
+        margin: see ``protomem_kernels.margins``; ``DSoftmax`` for that loss.
         scale: s > 0.
         mining: see ``protomem_kernels.mining``.
         quality: see ``protomem_kernels.quality``; None: every image weighs the same (plain Prototype Memory).
@@ -93,7 +93,7 @@ class PrototypeMemoryLoss(nn.Module):
         embedding_dim: int,
         capacity: int,
         *,
-        margin: Margin | DSoftmax = ArcFace(0.5),
+        margin: AnyMargin = ArcFace(0.5),
         scale: float = 64.0,
         mining: MiningRule | None = None,
         quality: QualityEstimator | None = None,
@@ -145,7 +145,7 @@ class PrototypeMemoryLoss(nn.Module):
         if not any(p is self.memory.prototypes for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer must hold memory.prototypes: pass it loss_fn.parameters() as well")
         self._optimizer = optimizer
-        optimizer.register_step_post_hook(lambda *_: reference.normalize_rows_(self.memory.prototypes.detach()))
+        optimizer.register_step_post_hook(lambda *_: normalize_rows_(self.memory.prototypes.detach()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the optimiser out of copies and pickles: the copy's prototypes are not the ones it steps."""
@@ -161,11 +161,10 @@ class PrototypeMemoryLoss(nn.Module):
         )
         result = loss_over_banks(
             embeddings,
-            banks,
+            Banks(banks, normalize_prototypes=False),
             margin=self.margin,
             scale=self.scale,
             mining=self.mining,
-            normalize_prototypes=False,
             reduction=self.reduction,
             return_stats=return_stats,
         )
@@ -213,7 +212,7 @@ class PrototypeMemoryLoss(nn.Module):
     ) -> list[Bank]:
         """Return the memory without the slots written in this step, and the rows in them with their graph."""
         old = previous.to(made.prototypes.dtype)
-        fresh = reference.refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
+        fresh = refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
         written = _slot_mask(slots, self.memory.capacity)
         return [
             Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
@@ -292,7 +291,7 @@ class MarginSoftmaxLoss(nn.Module):
         num_classes: int,
         embedding_dim: int,
         *,
-        margin: Margin | DSoftmax = ArcFace(0.5),
+        margin: AnyMargin = ArcFace(0.5),
         scale: float = 64.0,
         mining: MiningRule | None = None,
         reduction: str = "mean",

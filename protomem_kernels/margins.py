@@ -1,9 +1,8 @@
 """Margins: what a classifier asks of a sample's target cosine beyond being the largest.
 
-A margin is any callable ``(target_cosine (B,), embedding_norm (B,)) -> modified target cosine (B,)`` in plain PyTorch.
-Those without state are frozen dataclasses; those with running statistics are ``nn.Module``s whose buffers are saved.
-``bind(embedding_norm)`` fixes a batch's margins before its cosines are known (statistics are updated and random margins
-drawn once) and returns the function of the cosine alone; a margin that is a plain function needs no ``bind``.
+A margin is any callable ``(target_cosine (B,), embedding_norm (B,)) -> modified target cosine (B,)`` in plain PyTorch,
+or, where it has more to say, a ``Margin``. Those without state are frozen dataclasses; those with running statistics
+are ``nn.Module``s whose buffers are saved. A new one is a class that overrides ``bind``, a test and a line in the docs.
 
 All angles are radians. theta is the angle between an embedding and its prototype, c = cos(theta).
 """
@@ -13,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from protomem_kernels._checks import check_choice, check_number
 
-CosineMap = Callable[[Tensor], Tensor]
-Margin = Callable[[Tensor, Tensor], Tensor]
+CosineMap: TypeAlias = Callable[[Tensor], Tensor]
+PLAIN_SOFTPLUS = 50.0  # beyond it softplus(u) = u to the last bit of float64
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,88 @@ class TargetMap:
         return self.guarded(cosine)
 
 
-def bind(margin: Margin, embedding_norm: Tensor) -> TargetMap:
-    """Return the margin as a function of the target cosine alone, for a batch with these norms (B,)."""
-    own = getattr(margin, "bind", None)
-    if own is not None:
-        return cast(TargetMap, own(embedding_norm))
+class Margin:
+    """What a loss may ask of a margin. Every default does nothing: a subclass overrides what it has to say.
+
+    Attributes:
+        has_logits: whether the loss is the cross-entropy of one set of logits.
+    """
+
+    has_logits: ClassVar[bool] = True
+
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the margin as a function of the target cosine alone, for a batch with these norms (B,).
+
+        Once per batch and before its cosines are known: here statistics are updated and random margins drawn. Default:
+        no margin.
+        """
+        return TargetMap(_as_it_is, _as_it_is)
+
+    def losses(self, excess: Tensor, cosine: Tensor, negatives: Tensor, scale: float) -> Tensor:
+        """Return each sample's loss (B,). Default: ``softplus(excess)``, the cross-entropy of the softmax.
+
+        Args:
+            excess: (B,) ``negatives - scale * T(cosine)``, T being the map that ``bind`` returned.
+            cosine: (B,) target cosines c.
+            negatives: (B,) n, the log-sum-exp of the negatives' scaled cosines.
+            scale: s.
+        """
+        return softplus(excess)
+
+    def penalty(self, embedding_norm: Tensor) -> Tensor | None:
+        """Return what is added to each sample's loss (B,), or None. Default: None."""
+        return None
+
+    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
+        return self.bind(embedding_norm)(target_cosine)
+
+
+# What a loss takes for a margin.
+AnyMargin: TypeAlias = Margin | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FunctionMargin(Margin):
+    """A plain function ``(target_cosine, embedding_norm) -> modified cosine`` as a ``Margin``."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the function for a batch with these norms (B,)."""
+
+        def apply(cosine: Tensor) -> Tensor:
+            return self.function(cosine, embedding_norm)
+
+        return TargetMap(apply, apply)
+
+
+def as_margin(margin: AnyMargin) -> Margin:
+    """Return a margin as a ``Margin``: itself, or a plain function dressed as one."""
+    return margin if isinstance(margin, Margin) else FunctionMargin(margin)
+
+
+def _as_it_is(cosine: Tensor) -> Tensor:
+    return cosine
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + e^x) to the last bit, however large ``x`` is."""
+    return functional.softplus(x, threshold=PLAIN_SOFTPLUS)
+
+
+def angular(m: Tensor | float) -> TargetMap:
+    """Return the map of an additive angular margin of ``m`` radians, one or (B,)."""
+    return TargetMap(lambda cosine: guarded_add_angle(cosine, m), lambda cosine: add_angle(cosine, m))
+
+
+def subtractive(m: Tensor | float) -> TargetMap:
+    """Return the map of a margin of ``m``, one or (B,), that is subtracted from the cosine."""
 
     def apply(cosine: Tensor) -> Tensor:
-        return margin(cosine, embedding_norm)
+        return cosine - m
 
-    return TargetMap(apply, getattr(margin, "unguarded", apply))
-
-
-def angular(m: Tensor) -> TargetMap:
-    """Return the map of an additive angular margin of ``m`` (B,) radians."""
-    return TargetMap(lambda cosine: guarded_add_angle(cosine, m), lambda cosine: add_angle(cosine, m))
+    return TargetMap(apply, apply)
 
 
 def safe_sine(cosine: Tensor) -> Tensor:
@@ -92,7 +159,7 @@ def guarded_add_angle(cosine: Tensor, margin: Tensor | float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ArcFace:
+class ArcFace(Margin):
     """Additive angular margin: cos(theta + m) if theta + m <= pi, else c - m sin m.
 
     Args:
@@ -111,19 +178,19 @@ class ArcFace:
     def __post_init__(self) -> None:
         _check_angle("m", self.m)
 
-    def unguarded(self, cosine: Tensor) -> Tensor:
-        """Return cos(theta + m), whatever the sum."""
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the map, the same for every batch."""
+        return TargetMap(self._straight_through, self._add) if self.straight_through else angular(self.m)
+
+    def _add(self, cosine: Tensor) -> Tensor:
         return add_angle(cosine, self.m)
 
-    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
-        """Apply the margin to (B,) cosines."""
-        if self.straight_through:
-            return target_cosine + (self.unguarded(target_cosine) - target_cosine).detach()
-        return guarded_add_angle(target_cosine, self.m)
+    def _straight_through(self, cosine: Tensor) -> Tensor:
+        return cosine + (self._add(cosine) - cosine).detach()
 
 
 @dataclass(frozen=True)
-class CosFace:
+class CosFace(Margin):
     """Additive cosine margin: c - m.
 
     Args:
@@ -137,13 +204,13 @@ class CosFace:
     def __post_init__(self) -> None:
         check_number("m", self.m, low=0)
 
-    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
-        """Apply the margin to (B,) cosines."""
-        return target_cosine - self.m
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the map, the same for every batch."""
+        return subtractive(self.m)
 
 
 @dataclass(frozen=True)
-class CombinedMargin:
+class CombinedMargin(Margin):
     """cos(m1 theta + m2) - m3 while m1 theta + m2 <= pi; beyond, it keeps falling with the cosine.
 
     Beyond the edge theta* = (pi - m2) / m1 the first term goes on as c - (1 + cos theta*), which is -1 at the edge; for
@@ -166,23 +233,25 @@ class CombinedMargin:
         _check_angle("m2", self.m2)
         check_number("m3", self.m3, low=0)
 
-    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
-        """Apply the margin to (B,) cosines."""
-        if self.m1 == 1:
-            return guarded_add_angle(target_cosine, self.m2) - self.m3
-        pushed = self.m1 * safe_angle(target_cosine) + self.m2
-        edge = math.cos((math.pi - self.m2) / self.m1)
-        return torch.where(pushed <= math.pi, pushed.cos(), target_cosine - (1 + edge)) - self.m3
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the map, the same for every batch."""
+        return TargetMap(self._guarded, self._unguarded)
 
-    def unguarded(self, cosine: Tensor) -> Tensor:
-        """Return cos(m1 theta + m2) - m3, whatever the sum."""
+    def _guarded(self, cosine: Tensor) -> Tensor:
+        if self.m1 == 1:
+            return guarded_add_angle(cosine, self.m2) - self.m3
+        pushed = self.m1 * safe_angle(cosine) + self.m2
+        edge = math.cos((math.pi - self.m2) / self.m1)
+        return torch.where(pushed <= math.pi, pushed.cos(), cosine - (1 + edge)) - self.m3
+
+    def _unguarded(self, cosine: Tensor) -> Tensor:
         if self.m1 == 1:
             return add_angle(cosine, self.m2) - self.m3
         return (self.m1 * safe_angle(cosine) + self.m2).cos() - self.m3
 
 
 @dataclass(frozen=True)
-class SphereFace:
+class SphereFace(Margin):
     """Multiplicative angular margin: (-1)^k cos(m theta) - 2k with k = floor(m theta / pi); use it with ``scale=30``.
 
     Args:
@@ -196,14 +265,17 @@ class SphereFace:
     def __post_init__(self) -> None:
         check_number("m", self.m, low=1)
 
-    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
-        """Apply the margin to (B,) cosines."""
-        angle = self.m * safe_angle(target_cosine)
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Return the map, the same for every batch."""
+        return TargetMap(self._map, self._map)
+
+    def _map(self, cosine: Tensor) -> Tensor:
+        angle = self.m * safe_angle(cosine)
         k = (angle.detach() / math.pi).floor()
         return (1 - 2 * (k % 2)) * angle.cos() - 2 * k
 
 
-class AdaFace(nn.Module):
+class AdaFace(nn.Module, Margin):
     """Margin that adapts to image quality, read off the embedding's norm.
 
     With g = clip(h (|x| - mu) / (sigma + 1e-3), -1, 1): cos(theta - m g) - m (1 + g), the angle clipped to (0, pi).
@@ -265,7 +337,7 @@ class AdaFace(nn.Module):
 
 
 @dataclass(frozen=True)
-class MagFace:
+class MagFace(Margin):
     """ArcFace with a margin that grows with the embedding's norm, and a regulariser that rewards large norms.
 
     With a = |x| clipped to [l_a, u_a]: m(a) = l_m + (u_m - l_m) (a - l_a) / (u_a - l_a), and the loss of each sample
@@ -299,10 +371,6 @@ class MagFace:
         a = embedding_norm.clamp(self.l_a, self.u_a)
         return angular(self.l_m + (self.u_m - self.l_m) * (a - self.l_a) / (self.u_a - self.l_a))
 
-    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
-        """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
-        return self.bind(embedding_norm)(target_cosine)
-
     def penalty(self, embedding_norm: Tensor) -> Tensor:
         """Return what is added to each sample's loss (B,)."""
         a = embedding_norm.clamp(self.l_a, self.u_a)
@@ -310,7 +378,7 @@ class MagFace:
 
 
 @dataclass(frozen=True)
-class ElasticFace:
+class ElasticFace(Margin):
     """ArcFace or CosFace with a margin drawn anew for every sample from a normal distribution.
 
     Args:
@@ -336,16 +404,12 @@ class ElasticFace:
         """Draw the margins of a batch and return the function that applies them."""
         shape, dtype, device = embedding_norm.shape, embedding_norm.dtype, embedding_norm.device
         m = self.m + self.std * torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
-        return angular(m) if self.kind == "arc" else TargetMap(lambda c: c - m, lambda c: c - m)
-
-    def __call__(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
-        """Draw margins and apply them to (B,) cosines."""
-        return self.bind(embedding_norm)(target_cosine)
+        return angular(m) if self.kind == "arc" else subtractive(m)
 
 
 @dataclass(frozen=True)
-class DSoftmax:
-    """Not a margin but a loss of its own, taken in a margin's place: softplus(s (d - c)) + softplus(n); ``scale=30``.
+class DSoftmax(Margin):
+    """No margin, but another loss: softplus(s (d - c)) + softplus(n); use it with ``scale=30``.
 
     It parts the pull to the target from the push off the negatives, n being the log-sum-exp over the negatives.
 
@@ -357,8 +421,14 @@ class DSoftmax:
 
     d: float = 0.9
 
+    has_logits: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_number("d", self.d, low=-1, high=1)
+
+    def losses(self, excess: Tensor, cosine: Tensor, negatives: Tensor, scale: float) -> Tensor:
+        """Return the sum of the two parts (B,)."""
+        return softplus(scale * (self.d - cosine)) + softplus(negatives)
 
 
 def _check_angle(name: str, value: float) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor, check_weights
-from protomem_kernels.ops import aggregate_prototypes, enqueue_, find_slots, hardest_negatives
+from protomem_kernels.identities import find_slots
+from protomem_kernels.ops import aggregate_prototypes, enqueue_, hardest_negatives
 from protomem_kernels.ops.enqueue import POLICIES
 from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
 

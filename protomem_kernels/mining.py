@@ -1,14 +1,15 @@
 """Mining rules: which negatives, or which samples, count for more or for nothing.
 
-Three kinds, told apart by what they have: ``hard_negatives(...)`` reshapes negatives above a threshold,
-``HardestNegatives`` sums over a chosen few, ``HardSamples`` averages over a share of the batch. Those without state are
-frozen dataclasses.
+A rule reshapes negatives above a threshold, chooses a few of them, or keeps a share of the samples: each is a method of
+``MiningRule`` whose default does nothing. Those without state are frozen dataclasses. A new one is a class here that
+overrides one of them, a test and a line in the docs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,24 +19,43 @@ from protomem_kernels._checks import check_choice, check_int, check_number
 from protomem_kernels.margins import TargetMap
 from protomem_kernels.types import HardNegativeForm
 
+# Of each bank of prototypes, the slots (B, k) that count as negatives of each sample; -1 is none.
+Chosen: TypeAlias = list[Tensor]
 
-@runtime_checkable
-class ReshapesNegatives(Protocol):
-    """A rule that reshapes negatives above a threshold; anything with this method is one."""
 
-    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
-        """Return the form for a batch.
+class MiningRule:
+    """What a loss may ask of a mining rule. Every default does nothing: a subclass overrides what it has to say.
+
+    What costs a pass over prototypes is handed in as a function, for the rule to call if it needs it.
+    """
+
+    def hard_negatives(
+        self, target_cosine: Callable[[], Tensor], counts: Tensor, target_map: TargetMap
+    ) -> HardNegativeForm | None:
+        """Return how negatives above a threshold are reshaped in this batch, or None.
 
         Args:
-            target_cosine: (B,) detached.
+            target_cosine: returns the samples' target cosines (B,), detached.
             counts: (B,) bool, False for ignored samples.
             target_map: the loss's margin, bound to the batch.
         """
-        ...
+        return None
+
+    def chosen_negatives(self, hardest: Callable[[int], Chosen]) -> Chosen | None:
+        """Return the negatives that enter the sum, or None for all.
+
+        Args:
+            hardest: returns the k hardest negatives over all banks.
+        """
+        return None
+
+    def kept(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Return which samples' losses stay (B,) bool, given losses (B,) and which are not ignored (B,)."""
+        return counts
 
 
 @dataclass(frozen=True)
-class MVSoftmax:
+class MVSoftmax(MiningRule):
     """Emphasise misclassified negatives: where cos > T(c), the negative becomes (t + 1) cos + t ("adaptive").
 
     Args:
@@ -52,16 +72,19 @@ class MVSoftmax:
         check_number("t", self.t, low=0)
         check_choice("kind", self.kind, ("adaptive", "fixed"))
 
-    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
+    def hard_negatives(
+        self, target_cosine: Callable[[], Tensor], counts: Tensor, target_map: TargetMap
+    ) -> HardNegativeForm:
         """Return tau = T(c) and the linear form."""
+        cosine = target_cosine()
         a = self.t + 1 if self.kind == "adaptive" else 1.0
         # Filled in on the device: a copy from the host would synchronise, and a CUDA graph cannot capture it.
-        form = torch.stack([target_cosine.new_full((), value) for value in (a, self.t, 0.0)])
+        form = torch.stack([cosine.new_full((), value) for value in (a, self.t, 0.0)])
         # For cos >= -1, a cos + t >= -1.
-        return HardNegativeForm(target_map(target_cosine), form, -1.0, a + self.t, a)
+        return HardNegativeForm(target_map(cosine), form, -1.0, a + self.t, a)
 
 
-class CurricularFace(nn.Module):
+class CurricularFace(nn.Module, MiningRule):
     """Ignore hard negatives early and emphasise them late: where cos > cos(theta + m), it becomes cos (t + cos).
 
     In training mode t <- momentum mean(c) + (1 - momentum) t before it is used, over the samples that are not ignored;
@@ -96,18 +119,21 @@ class CurricularFace(nn.Module):
         moved = self.momentum * sums[0] / sums[1].clamp(min=1) + (1 - self.momentum) * self.t
         self.t.copy_(torch.where(sums[1] > 0, moved, self.t))
 
-    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
+    def hard_negatives(
+        self, target_cosine: Callable[[], Tensor], counts: Tensor, target_map: TargetMap
+    ) -> HardNegativeForm:
         """Update t and return tau = cos(theta + m) and the quadratic form."""
+        cosine = target_cosine()
         if self.training:
-            self._update(target_cosine, counts)
-        t = self.t.to(target_cosine.dtype)
+            self._update(cosine, counts)
+        t = self.t.to(cosine.dtype)
         coefficients = torch.stack([t, torch.zeros_like(t), torch.ones_like(t)])
         # t is a mean of cosines: |t| <= 1, so cos (t + cos) lies in [-1/4, 2] and its slope in [-3, 3].
-        return HardNegativeForm(target_map.unguarded(target_cosine), coefficients, -1.0, 2.0, 3.0)
+        return HardNegativeForm(target_map.unguarded(cosine), coefficients, -1.0, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
-class NoisyNegativeFilter:
+class NoisyNegativeFilter(MiningRule):
     """Take negatives above the threshold for mislabelled twins of the sample: they count as cos = 0.
 
     Args:
@@ -121,16 +147,16 @@ class NoisyNegativeFilter:
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, low=-1, high=1)
 
-    def hard_negatives(self, target_cosine: Tensor, counts: Tensor, target_map: TargetMap) -> HardNegativeForm:
+    def hard_negatives(
+        self, target_cosine: Callable[[], Tensor], counts: Tensor, target_map: TargetMap
+    ) -> HardNegativeForm:
         """Return the same tau for every sample and the zero form."""
-        highest = max(self.threshold, 0.0)
-        return HardNegativeForm(
-            torch.full_like(target_cosine, self.threshold), target_cosine.new_zeros(3), -1.0, highest, 1.0
-        )
+        cosine, highest = target_cosine(), max(self.threshold, 0.0)
+        return HardNegativeForm(torch.full_like(cosine, self.threshold), cosine.new_zeros(3), -1.0, highest, 1.0)
 
 
 @dataclass(frozen=True)
-class HardestNegatives:
+class HardestNegatives(MiningRule):
     """Only each sample's k hardest negatives enter the sum: exact top-k, and a gradient that touches only them.
 
     Args:
@@ -142,9 +168,13 @@ class HardestNegatives:
     def __post_init__(self) -> None:
         check_int("k", self.k, at_least=1)
 
+    def chosen_negatives(self, hardest: Callable[[int], Chosen]) -> Chosen:
+        """Return the k hardest."""
+        return hardest(self.k)
+
 
 @dataclass(frozen=True)
-class HardSamples:
+class HardSamples(MiningRule):
     """The loss averages the hardest share of the samples (online hard example mining); the others' losses are 0.
 
     Args:
@@ -164,6 +194,3 @@ class HardSamples:
         rank = torch.empty_like(ranked).scatter_(0, ranked, torch.arange(ranked.shape[0], device=ranked.device))
         keep = (self.keep * counts.sum().double() - 1e-9).ceil().clamp(min=1)  # 0.55 * 100 is a little more than 55
         return counts & (rank < keep)
-
-
-MiningRule = ReshapesNegatives | HardestNegatives | HardSamples

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor
-from protomem_kernels.ops._embeddings import unit_embeddings
-from protomem_kernels.ops.dispatch import without_autocast
+from protomem_kernels._torch import without_autocast
+from protomem_kernels.rows import unit_embeddings
 
 QualityEstimator = Callable[[Tensor, Tensor], Tensor]
 

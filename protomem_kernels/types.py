@@ -101,8 +101,8 @@ class HardNegativeForm(NamedTuple):
     steepest: float
 
 
-class HardestNegatives(NamedTuple):
-    """The ``k`` hardest negatives of each of ``B`` samples.
+class HardestNegativesResult(NamedTuple):
+    """What ``hardest_negatives`` found for each of ``B`` samples: the ``k`` hardest negatives.
 
     Attributes:
         cosines: (B, k) float32 (float64 for float64); descending, -inf where there are fewer than ``k``.

@@ -79,10 +79,10 @@ def pytest_configure() -> None:
     """Make sure that ``make sanitize`` runs what it has built, and not the checkout's own package."""
     if "PROTOMEM_SANITIZED" not in os.environ:
         return
-    from protomem_kernels import compiled
+    from protomem_kernels.backends import cpu
 
-    folder, sanitized = Path(os.environ["PROTOMEM_SANITIZED"]), compiled.MODULE
-    assert sanitized is not None, compiled.unavailable()
+    folder, sanitized = Path(os.environ["PROTOMEM_SANITIZED"]), cpu.MODULE
+    assert sanitized is not None, cpu.BACKEND.unavailable()
     assert folder in Path(sanitized.__file__).parents, f"{sanitized.__file__} is not in {folder}"
     assert "-fsanitize=address,undefined" in sanitized.flags, sanitized.flags
 
@@ -90,6 +90,6 @@ def pytest_configure() -> None:
 def pytest_report_header() -> str | None:
     if "PROTOMEM_SANITIZED" not in os.environ:
         return None
-    from protomem_kernels import compiled
+    from protomem_kernels.backends import cpu
 
-    return f"sanitized object: {compiled.MODULE.__file__}, runs {', '.join(compiled.MODULE.capabilities())}"
+    return f"sanitized object: {cpu.MODULE.__file__}, runs {', '.join(cpu.MODULE.capabilities())}"

@@ -876,7 +876,7 @@ def small(**options):
         (lambda: PrototypeMemoryLoss(0, 5), ValueError, "embedding_dim must be at least 1, got 0"),
         (lambda: PrototypeMemoryLoss(4, 0), ValueError, "capacity must be at least 1, got 0"),
         (lambda: PrototypeMemoryLoss(4, 5.0), TypeError, "capacity must be an int, got float"),
-        (lambda: small(margin=0.5), TypeError, r"margin must be a callable .* or a DSoftmax, got float"),
+        (lambda: small(margin=0.5), TypeError, r"margin must be a callable .* or a Margin, got float"),
         (lambda: small(margin=ArcFace), TypeError, "margin must be an instance, got the class ArcFace"),
         (lambda: small(scale=0), ValueError, r"scale must be in \(0, inf\), got 0"),
         (lambda: small(scale="64"), TypeError, "scale must be a number, got str"),

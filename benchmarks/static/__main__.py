@@ -76,7 +76,7 @@ def _name(module: str) -> str:
 
 def _about_liger(dim: int) -> str:
     from benchmarks.static.liger_kernel import chunks
-    from protomem_kernels.triton.specimens import CENTRE
+    from protomem_kernels.backends.triton.specimens import CENTRE
 
     parts, once = chunks(dim), CENTRE[1] * dim * 2 / 1e9
     return (

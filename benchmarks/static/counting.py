@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from protomem_kernels import triton as kernels
-from protomem_kernels.triton.specimens import Specimen
+from protomem_kernels.backends import triton as kernels
+from protomem_kernels.backends.triton.specimens import Specimen
 
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 LOCAL = re.compile(r"(LDL|STL)\b")

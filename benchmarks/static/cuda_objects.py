@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.static.counting import INSTRUCTION, LOCAL, RESOURCES, TENSOR_CORES
 from benchmarks.static.gpus import LIMITS, occupancy
-from protomem_kernels import cuda
+from protomem_kernels.backends import cuda
 
 SYSTEM_SHARED = 1024  # bytes that sm_90 and newer keep for themselves in a block that has any, and cuobjdump counts
 TYPES = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}

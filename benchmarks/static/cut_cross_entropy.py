@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.static.launches import Blank, launched
-from protomem_kernels.triton.specimens import CENTRE, Specimen
+from protomem_kernels.backends.triton.specimens import CENTRE, Specimen
 
 PACKAGE = "cut_cross_entropy"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.static.launches import Blank, launched
-from protomem_kernels.triton.specimens import CENTRE, Specimen
+from protomem_kernels.backends.triton.specimens import CENTRE, Specimen
 
 PACKAGE = "liger_kernel"
 

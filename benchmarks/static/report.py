@@ -9,10 +9,10 @@ from typing import Any
 from benchmarks.static import gpus
 from benchmarks.static.counting import Count
 from benchmarks.static.gpus import GPUS, LIMITS
-from protomem_kernels.cli.checkpoints import written_whole
-from protomem_kernels.triton.specimens import CENTRE
+from protomem_kernels.backends.triton.specimens import CENTRE
+from protomem_kernels.training.files import written_whole
 
-OURS = "protomem_kernels.triton."
+OURS = "protomem_kernels.backends.triton."
 TABLE, PLOT = "static.md", "static.png"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 

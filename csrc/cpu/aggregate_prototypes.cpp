@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
+#include "base/tensors.h"
 #include "capability.h"
-#include "tensors.h"
 
 namespace protomem {
 namespace {
@@ -59,16 +59,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_prototypes, const Tensor&
       },
       parallel());
   return {grad_embeddings, grad_weights};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
-  m.def(
-      "aggregate_prototypes(Tensor embeddings, Tensor labels, Tensor? weights, bool normalize, SymInt? max_identities)"
-      " -> (Tensor prototypes, Tensor identities, Tensor index, Tensor mass, Tensor norm)");
-  m.def(
-      "aggregate_prototypes_backward(Tensor grad_prototypes, Tensor grad_mass, Tensor embeddings, Tensor? weights,"
-      " Tensor index, Tensor prototypes, Tensor mass, Tensor norm, bool normalize)"
-      " -> (Tensor grad_embeddings, Tensor grad_weights)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protomem_cpu, CPU, m) {

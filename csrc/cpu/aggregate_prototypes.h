@@ -24,8 +24,8 @@
 // no bit. One identity's samples are never split over threads.
 #pragma once
 
-#include "../common/parallel.h"
-#include "../common/views.h"
+#include "../views.h"
+#include "base/parallel.h"
 
 namespace protomem {
 

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../common/buffer.h"
 #include "aggregate_prototypes.h"
-#include "rows.h"
+#include "base/buffer.h"
+#include "base/rows.h"
 
 namespace protomem::PROTOMEM_ISA {
 

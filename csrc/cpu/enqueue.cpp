@@ -3,21 +3,11 @@
 #include <string>
 #include <tuple>
 
+#include "base/tensors.h"
 #include "capability.h"
-#include "tensors.h"
 
 namespace protomem {
 namespace {
-
-// Whether two matrices with elements may share bytes.
-bool overlap(const Tensor& a, const Tensor& b) {
-  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
-  const auto end = [&](const Tensor& t) {
-    const int64_t last = (t.size(0) - 1) * t.stride(0) + (t.size(1) - 1) * t.stride(1);
-    return begin(t) + (last + 1) * t.element_size();
-  };
-  return begin(a) < end(b) && begin(b) < end(a);
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> enqueue(const Tensor& memory_prototypes, const Tensor& memory_identities,
                                                    const Tensor& stamps, const Tensor& cursor, const Tensor& clock,
@@ -49,13 +39,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enqueue(const Tensor& memory_prototyp
       },
       parallel());
   return {slots, evicted, known, previous};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
-  m.def(
-      "enqueue_(Tensor(a!) memory_prototypes, Tensor(b!) memory_identities, Tensor(c!) stamps, Tensor(d!) cursor,"
-      " Tensor(e!) clock, Tensor prototypes, Tensor identities, float refresh_ratio, str policy, bool keep_previous)"
-      " -> (Tensor slots, Tensor evicted, Tensor known, Tensor previous)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protomem_cpu, CPU, m) { m.impl("enqueue_", TORCH_BOX(&enqueue)); }

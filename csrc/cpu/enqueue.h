@@ -22,8 +22,8 @@
 // highest slot counts.
 #pragma once
 
-#include "../common/parallel.h"
-#include "../common/views.h"
+#include "../views.h"
+#include "base/parallel.h"
 
 namespace protomem {
 

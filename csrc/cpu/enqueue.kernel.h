@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../common/buffer.h"
+#include "base/buffer.h"
+#include "base/rows.h"
 #include "enqueue.h"
-#include "rows.h"
 
 namespace protomem::PROTOMEM_ISA {
 

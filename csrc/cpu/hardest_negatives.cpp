@@ -2,8 +2,8 @@
 
 #include <tuple>
 
+#include "base/tensors.h"
 #include "capability.h"
-#include "tensors.h"
 
 namespace protomem {
 namespace {
@@ -44,15 +44,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_cosines, const Tensor& x,
   if (need_prototypes) in.grad_prototypes = mutable_matrix(grad_prototypes, "grad_prototypes");
   kernels().hardest_negatives_backward(in, parallel());
   return {grad_x, grad_prototypes};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
-  m.def(
-      "hardest_negatives(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, SymInt k,"
-      " bool normalize_prototypes) -> (Tensor cosines, Tensor slots)");
-  m.def(
-      "hardest_negatives_backward(Tensor grad_cosines, Tensor x, Tensor prototypes, Tensor slots,"
-      " bool normalize_prototypes, bool need_prototypes) -> (Tensor grad_x, Tensor grad_prototypes)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protomem_cpu, CPU, m) {

@@ -17,8 +17,8 @@
 // Backward touches the B k chosen rows only.
 #pragma once
 
-#include "../common/parallel.h"
-#include "../common/views.h"
+#include "../views.h"
+#include "base/parallel.h"
 
 namespace protomem {
 

@@ -4,9 +4,9 @@
 #include <bit>
 #include <vector>
 
+#include "base/logits.h"
+#include "base/scatter.h"
 #include "hardest_negatives.h"
-#include "logits.h"
-#include "scatter.h"
 
 namespace protomem::PROTOMEM_ISA {
 

@@ -5,8 +5,8 @@
 // A new kernel adds an #include, and a line to the table in the order of struct Kernels.
 #include "kernels.h"
 
-#include "../common/simd.h"
 #include "aggregate_prototypes.kernel.h"
+#include "base/simd.h"
 #include "enqueue.kernel.h"
 #include "hardest_negatives.kernel.h"
 #include "margin_softmax_logits.kernel.h"

@@ -5,8 +5,8 @@
 // once per instruction set), <operator>.cpp (glue to PyTorch's stable ABI, compiled once).
 #pragma once
 
-#include "../common/parallel.h"
 #include "aggregate_prototypes.h"
+#include "base/parallel.h"
 #include "enqueue.h"
 #include "hardest_negatives.h"
 #include "margin_softmax_logits.h"

@@ -2,8 +2,8 @@
 
 #include <tuple>
 
+#include "base/tensors.h"
 #include "capability.h"
-#include "tensors.h"
 
 namespace protomem {
 namespace {
@@ -53,16 +53,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   in.grad_target_logits = grad_target_logits.mutable_data_ptr();
   kernels().margin_softmax_logits_backward(in, parallel());
   return {grad_x, grad_prototypes, grad_target_logits};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
-  m.def(
-      "margin_softmax_logits(Tensor x, Tensor prototypes, Tensor targets, Tensor target_logits, Tensor? occupied,"
-      " Tensor? threshold, Tensor? coefficients, float scale, bool normalize_prototypes) -> Tensor logits");
-  m.def(
-      "margin_softmax_logits_backward(Tensor grad, Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied,"
-      " Tensor? threshold, Tensor? coefficients, float scale, bool normalize_prototypes, bool need_prototypes)"
-      " -> (Tensor grad_x, Tensor grad_prototypes, Tensor grad_target_logits)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protomem_cpu, CPU, m) {

@@ -1,6 +1,6 @@
 // margin_softmax_logits on the CPU: the (B, M) logits themselves.
 //
-// Column j of sample i holds z_i at i's target (given), s h_ij at a negative (h as in negative_logsumexp.h), and -inf
+// Column j of sample i holds z_i at i's target (given), s h_ij at a negative (h as in negative_logsumexp), and -inf
 // at an empty slot. One product per tile (stream.h); a panel [slot][row] is reshaped in L1 and written out row by row,
 // so the 4 B M bytes of output are touched once.
 //
@@ -10,8 +10,8 @@
 // on B, M and D alone and are added in order: the result does not depend on the number of threads.
 #pragma once
 
-#include "../common/parallel.h"
-#include "../common/views.h"
+#include "../views.h"
+#include "base/parallel.h"
 
 namespace protomem {
 

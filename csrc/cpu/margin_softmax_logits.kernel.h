@@ -1,8 +1,8 @@
 #pragma once
 
-#include "logits.h"
+#include "base/logits.h"
+#include "base/slot_gradients.h"
 #include "margin_softmax_logits.h"
-#include "slot_gradients.h"
 
 namespace protomem::PROTOMEM_ISA {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "base/tensors.h"
 #include "capability.h"
-#include "tensors.h"
 
 namespace protomem {
 namespace {
@@ -80,19 +80,6 @@ void backward_(Tensor grad_prototypes, const Tensor& grad_cosine, const Tensor& 
   in.n = own_n.const_data_ptr();
   in.grad_prototypes = mutable_matrix(grad_prototypes, "grad_prototypes");
   kernels().negative_logsumexp_backward(in, parallel());
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(protomem_cpu, m) {
-  m.def(
-      "negative_logsumexp(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives,"
-      " Tensor? threshold, Tensor? coefficients, float scale, float? offset, bool normalize_prototypes,"
-      " bool with_gradient, SymInt kept_rows)"
-      " -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o, Tensor kept)");
-  m.def(
-      "negative_logsumexp_backward_(Tensor(a!) grad_prototypes, Tensor grad_cosine, Tensor grad_n, Tensor x,"
-      " Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives, Tensor? threshold,"
-      " Tensor? coefficients, Tensor n, float scale, float? offset, bool normalize_prototypes, SymInt kept_rows)"
-      " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(protomem_cpu, CPU, m) {

@@ -1,11 +1,6 @@
 // negative_logsumexp on the CPU.
 //
-// With x_i a unit embedding (i < B), w_j a prototype (j < M), cos_ij = x_i . w_j and s the scale,
-//
-//   h_ij = cos_ij where cos_ij <= tau_i, else a cos_ij + b + g cos_ij^2      (the hard-negative form, if there is one)
-//   n_i  = log sum over the negatives j of exp(s h_ij)                        (-inf if there are none)
-//   o_i  = dn_i/dx_i = s sum_j q_ij h'_ij w_j,   q_ij = exp(s h_ij - n_i)
-//   dL/dw_j = sum_i (dL/dn_i s q_ij h'_ij + [j is i's target] dL/dc_i) x_i,   c_i = cos at the target.
+// What is computed, h, n, o and dL/dw, is derived in protomem_kernels/backends/reference/negative_logsumexp.py.
 //
 // Forward. The memory is cut into chunks, each streamed in tiles (stream.h); a chunk keeps its own sum and moment
 // sum_j e^{s h - shift} h' w_j per row, and chunks are added in order at the end. The cut depends on B, M and D alone,
@@ -26,8 +21,8 @@
 // With `negatives` given only those slots count: rows are gathered, no product is formed.
 #pragma once
 
-#include "../common/parallel.h"
-#include "../common/views.h"
+#include "../views.h"
+#include "base/parallel.h"
 
 namespace protomem {
 

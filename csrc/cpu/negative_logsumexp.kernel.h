@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "logits.h"
+#include "base/logits.h"
+#include "base/scatter.h"
+#include "base/slot_gradients.h"
 #include "negative_logsumexp.h"
-#include "scatter.h"
-#include "slot_gradients.h"
 
 namespace protomem::PROTOMEM_ISA {
 

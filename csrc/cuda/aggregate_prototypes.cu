@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "tensors.cuh"
+#include "base/tensors.cuh"
 
 namespace protomem::cuda {
 namespace {
@@ -78,16 +78,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_prototypes, const Tensor&
     });
   });
   return {grad_embeddings, grad_weights};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(PROTOMEM_OPERATORS, m) {
-  m.def(
-      "aggregate_prototypes(Tensor embeddings, Tensor labels, Tensor? weights, bool normalize, SymInt? max_identities)"
-      " -> (Tensor prototypes, Tensor identities, Tensor index, Tensor mass, Tensor norm)");
-  m.def(
-      "aggregate_prototypes_backward(Tensor grad_prototypes, Tensor grad_mass, Tensor embeddings, Tensor? weights,"
-      " Tensor index, Tensor prototypes, Tensor mass, Tensor norm, bool normalize)"
-      " -> (Tensor grad_embeddings, Tensor grad_weights)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PROTOMEM_OPERATORS, PROTOMEM_DEVICE, m) {

@@ -34,7 +34,7 @@
 // weights and an index, whatever they hold, lead to no access out of bounds.
 #pragma once
 
-#include "ranks.cuh"
+#include "base/ranks.cuh"
 
 namespace protomem::cuda {
 

@@ -4,20 +4,10 @@
 #include <string>
 #include <tuple>
 
-#include "tensors.cuh"
+#include "base/tensors.cuh"
 
 namespace protomem::cuda {
 namespace {
-
-// Whether two matrices with elements may share bytes.
-bool overlap(const Tensor& a, const Tensor& b) {
-  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
-  const auto end = [&](const Tensor& t) {
-    const int64_t last = (t.size(0) - 1) * t.stride(0) + (t.size(1) - 1) * t.stride(1);
-    return begin(t) + (last + 1) * t.element_size();
-  };
-  return begin(a) < end(b) && begin(b) < end(a);
-}
 
 Notes take_notes(Scratch& scratch, int64_t P, int64_t M, bool lru) {
   Notes notes = {};
@@ -80,10 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enqueue(const Tensor& memory_prototyp
   const Vector identity = vector(identities, "identities");
 
   with_type(memory.rows.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using A = Accumulator<T>;
+    using A = Accumulator<decltype(zero)>;
     with_bool(takes_vectors<A, width_of<A, true>>(p), [&](auto vectors) {
-      LAUNCH((prepare_kernel<T, vectors.value>), std::max(1u, blocks(P, prepare_threads / warp_lanes)), prepare_threads,
+      LAUNCH((prepare_kernel<A, vectors.value>), std::max(1u, blocks(P, prepare_threads / warp_lanes)), prepare_threads,
              0, stream, memory, p, identity, notes, outputs);
     });
   });
@@ -117,13 +106,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enqueue(const Tensor& memory_prototyp
     });
   });
   return {slots, evicted, known, previous};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(PROTOMEM_OPERATORS, m) {
-  m.def(
-      "enqueue_(Tensor(a!) memory_prototypes, Tensor(b!) memory_identities, Tensor(c!) stamps, Tensor(d!) cursor,"
-      " Tensor(e!) clock, Tensor prototypes, Tensor identities, float refresh_ratio, str policy, bool keep_previous)"
-      " -> (Tensor slots, Tensor evicted, Tensor known, Tensor previous)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PROTOMEM_OPERATORS, PROTOMEM_DEVICE, m) { m.impl("enqueue_", TORCH_BOX(&enqueue)); }

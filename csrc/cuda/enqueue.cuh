@@ -14,13 +14,11 @@
 // Three launches for "fifo":
 //
 // 1. prepare_kernel, one warp per row: finds out which rows are usable, answers for those that are not, counts each
-// row's
-//    position in the stable order of the identities (ranks.cuh), ticks the clock.
+//    row's position in the stable order of the identities (ranks.cuh), ticks the clock.
 // 2. find_kernel is the join: the memory's identities stream past once, 16 bytes at a time, and each is looked up in a
-// bit
-//    set of hashes in shared memory. The one in some hundred whose bit is set is searched for by halving in the sorted
-//    identities, and leaves its slot there. The last block to finish lists the new rows in their order and deals out
-//    the victims: the slots from the cursor on form a bit set too, of which the hits are taken out; a scan over the
+//    bit set of hashes in shared memory. The one in some hundred whose bit is set is searched for by halving in the
+//    sorted identities, and leaves its slot there. The last block to finish lists the new rows in their order and deals
+//    out the victims: the slots from the cursor on form a bit set too, of which the hits are taken out; a scan over the
 //    words' counts numbers the bits that are left.
 // 3. write_kernel: one block per slot to be written.
 //
@@ -42,8 +40,8 @@
 // share no bytes with the memory: the caller sees to it.
 #pragma once
 
-#include "../common/cuda/ticket.cuh"
-#include "ranks.cuh"
+#include "base/ranks.cuh"
+#include "base/ticket.cuh"
 
 namespace protomem::cuda {
 

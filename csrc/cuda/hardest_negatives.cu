@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "matrix.cuh"
+#include "base/call.cuh"
 
 namespace protomem::cuda {
 namespace {
@@ -21,19 +21,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, co
     return {cosines, slots};
   }
   const int64_t groups = (M + group_slots - 1) / group_slots, chosen = std::min(k, groups), found = std::min(k, M);
+  const Call call(x, prototypes, targets, occupied, std::nullopt, std::nullopt, 1,
+                  normalize_prototypes && chosen < groups, device.stream());
+  auto fill = [&](auto& args) {
+    call.fill(args);
+    args.groups = groups;
+    args.x = rows_of<float>(x);
+  };
   const Processors processors(x);
   with_factor(prototypes, [&](auto zero) {
     using T = decltype(zero);
-    const Rows<const T> rows = rows_of<T>(prototypes);
-    auto fill = [&](HardestInputs& args) {
-      args.batch = B;
-      args.capacity = M;
-      args.groups = groups;
-      args.dim = static_cast<int>(D);
-      args.x = rows_of<float>(x);
-      args.targets = slots_of(targets, "targets", M);
-      args.occupied = strided<bool>(occupied);
-    };
 
     Tensor best = empty(x, {B, chosen}, ScalarType::Int);
     const int* best_ptr = nullptr;
@@ -41,11 +38,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, co
       HardestMaxima args;
       fill(args);
       Tensor maxima = empty(x, {B, groups}, ScalarType::Float);
-      const OptionalTensor inverse = inverse_lengths(prototypes, normalize_prototypes, device.stream());
-      args.prototypes = {rows.data, rows.row_stride, rows.column_stride, 0};
-      args.inverse_ptr = inverse ? data<float>(*inverse) : nullptr;
+      args.prototypes = call.streamed<T>();
       args.maxima_ptr = data<float>(maxima);
-      with_shape<MaximaTask, T, 16>(D, aligned_rows(rows, M), processors, [&](auto shape) {
+      with_shape<MaximaTask, T, 16>(D, call.aligned<T>(), processors, [&](auto shape) {
         using S = decltype(shape);
         const unsigned row_blocks = blocks(B, S::ROWS);
         const Splits splits(M, row_blocks, processors.count, group_slots);
@@ -64,8 +59,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, co
     for (int64_t first = 0; first < B; first += together) {
       HardestCandidates<T> args;
       fill(args);
-      args.prototypes = rows;
-      args.aligned = aligned_rows(args.x, B) && aligned_rows(rows, M);
+      args.prototypes = call.rows<T>();
+      args.aligned = aligned_rows(args.x, B) && call.aligned<T>();
       args.normalize = normalize_prototypes;
       args.best_ptr = best_ptr;
       args.first_row = first;
@@ -117,15 +112,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_cosines, const Tensor& x,
     }
   });
   return {grad_x, grad_prototypes};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(PROTOMEM_OPERATORS, m) {
-  m.def(
-      "hardest_negatives(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, SymInt k,"
-      " bool normalize_prototypes) -> (Tensor cosines, Tensor slots)");
-  m.def(
-      "hardest_negatives_backward(Tensor grad_cosines, Tensor x, Tensor prototypes, Tensor slots,"
-      " bool normalize_prototypes, bool need_prototypes) -> (Tensor grad_x, Tensor grad_prototypes)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PROTOMEM_OPERATORS, PROTOMEM_DEVICE, m) {

@@ -4,13 +4,11 @@
 // cut into N = ceil(M / 128) groups of 128 slots:
 //
 //   maxima      streams the memory once (stream.cuh, without a second product) and stores one maximum per row and
-//   group:
-//               4 B M / 128 bytes. x is cut into as many numbers of the memory's dtype as hold its bits (3 x 8 for
-//               bfloat16, 2 x 11 for float16), so that cosines are exact to float32.
+//               group: 4 B M / 128 bytes. x is cut into as many numbers of the memory's dtype as hold its bits (3 x 8
+//               for bfloat16, 2 x 11 for float16), so that cosines are exact to float32.
 //   selection   each row's k best groups, equal maxima in favour of the lower group;
-//   candidates  the cosines of the chosen (row, group) pairs again, one prototype a warp: B k 128 products of D
-//   numbers; selection   the k best of each row's 128 k candidates, equal cosines in favour of the lower slot, and
-//   their order.
+//   candidates  the cosines of the chosen (row, group) pairs again, one prototype a warp: 128 B k products of length D;
+//   selection   the k best of each row's 128 k candidates, equal cosines to the lower slot, and their order.
 //
 // **Why k groups are enough, ties included.** Order the negatives of a row by (cosine descending, slot ascending), and
 // its groups by (maximum descending, group ascending). A group's first negative has the group's maximum as its cosine.
@@ -36,9 +34,9 @@
 
 #include <cmath>
 
-#include "../common/cuda/warp.cuh"
-#include "chosen_rows.cuh"
-#include "stream.cuh"
+#include "base/chosen_rows.cuh"
+#include "base/stream.cuh"
+#include "base/warp.cuh"
 
 namespace protomem::cuda {
 

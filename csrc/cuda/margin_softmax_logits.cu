@@ -3,62 +3,10 @@
 #include <algorithm>
 #include <tuple>
 
-#include "matrix.cuh"
+#include "base/call.cuh"
 
 namespace protomem::cuda {
 namespace {
-
-// What a call reads, and the part of it that belongs to a chunk of the memory.
-struct Call {
-  const Tensor &x, &prototypes, &targets;
-  const OptionalTensor& occupied;
-  OptionalTensor threshold, coefficients, inverse;
-  double scale;
-  cudaStream_t stream;
-  int64_t batch, capacity, dim;
-
-  Call(const Tensor& x_, const Tensor& prototypes_, const Tensor& targets_, const OptionalTensor& occupied_,
-       const OptionalTensor& threshold_, const OptionalTensor& coefficients_, double scale_, bool normalize,
-       cudaStream_t stream_)
-      : x(x_),
-        prototypes(prototypes_),
-        targets(targets_),
-        occupied(occupied_),
-        threshold(as_float(threshold_)),
-        coefficients(as_float(coefficients_)),
-        inverse(inverse_lengths(prototypes_, normalize, stream_)),
-        scale(scale_),
-        stream(stream_),
-        batch(x_.size(0)),
-        capacity(prototypes_.size(0)),
-        dim(x_.size(1)) {}
-
-  bool has_form() const { return threshold && coefficients; }
-  HardForm form() const {
-    return has_form() ? HardForm{strided<float>(threshold), strided<float>(coefficients)} : HardForm{};
-  }
-  template <class T>
-  Rows<const T> rows(int64_t first = 0) const {
-    Rows<const T> all = rows_of<T>(prototypes);
-    return {all.data + first * all.row_stride, all.row_stride, all.column_stride};
-  }
-  template <class T>
-  Streamed streamed(int64_t first) const {
-    const Rows<const T> all = rows<T>(first);
-    return {all.data, all.row_stride, all.column_stride, 0};
-  }
-  void fill(LogitsInputs& args, int64_t first, int64_t width) const {
-    args.batch = batch;
-    args.capacity = width;
-    args.first_slot = first;
-    args.dim = static_cast<int>(dim);
-    args.targets = slots_of(targets, "targets", capacity);
-    args.occupied = strided<bool>(occupied);
-    if (occupied) args.occupied.data += first * args.occupied.stride;
-    if (inverse) args.inverse_ptr = data<float>(*inverse) + first;
-    args.scale = static_cast<float>(scale);
-  }
-};
 
 // Writes the logits, or G h', of `width` slots from `first` on.
 template <class T>
@@ -66,9 +14,8 @@ void launch_logits(const Call& call, Logits& args, int64_t first, int64_t width,
   call.fill(args, first, width);
   args.x = rows_of<float>(call.x);
   args.prototypes = call.streamed<T>(first);
-  args.form = call.form();
   constexpr int TILE = sizeof(T) == 2 ? 32 : 16;
-  with_shape<LogitsTask, T, TILE>(call.dim, aligned_rows(call.rows<T>(), call.capacity), processors, [&](auto shape) {
+  with_shape<LogitsTask, T, TILE>(call.dim, call.aligned<T>(), processors, [&](auto shape) {
     using S = decltype(shape);
     const unsigned row_blocks = blocks(call.batch, S::ROWS);
     const Splits splits(width, row_blocks, processors.count);
@@ -135,7 +82,7 @@ void launch_backward(const Call& call, const Tensor& grad, Tensor& grad_x, Tenso
     });
   };
 
-  with_plain_shape<EmbeddingsTask, T>(D, aligned_rows(call.rows<T>(), M), processors, [&](auto shape) {
+  with_plain_shape<EmbeddingsTask, T>(D, call.aligned<T>(), processors, [&](auto shape) {
     using S = decltype(shape);
     const unsigned row_blocks = blocks(B, S::ROWS);
     const Splits splits(std::min(chunk, M), row_blocks, processors.count);
@@ -197,16 +144,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     launch_backward<decltype(zero)>(call, grad, grad_x, grad_prototypes, grad_target_logits, need_prototypes);
   });
   return {grad_x, grad_prototypes, grad_target_logits};
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(PROTOMEM_OPERATORS, m) {
-  m.def(
-      "margin_softmax_logits(Tensor x, Tensor prototypes, Tensor targets, Tensor target_logits, Tensor? occupied,"
-      " Tensor? threshold, Tensor? coefficients, float scale, bool normalize_prototypes) -> Tensor logits");
-  m.def(
-      "margin_softmax_logits_backward(Tensor grad, Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied,"
-      " Tensor? threshold, Tensor? coefficients, float scale, bool normalize_prototypes, bool need_prototypes)"
-      " -> (Tensor grad_x, Tensor grad_prototypes, Tensor grad_target_logits)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PROTOMEM_OPERATORS, PROTOMEM_DEVICE, m) {

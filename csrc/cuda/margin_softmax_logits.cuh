@@ -36,9 +36,9 @@
 
 #include <cmath>
 
-#include "../common/cuda/warp.cuh"
-#include "chosen_rows.cuh"
-#include "stream.cuh"
+#include "base/chosen_rows.cuh"
+#include "base/stream.cuh"
+#include "base/warp.cuh"
 
 namespace protomem::cuda {
 

@@ -3,44 +3,20 @@
 #include <optional>
 #include <tuple>
 
-#include "matrix.cuh"
+#include "base/call.cuh"
 
 namespace protomem::cuda {
 namespace {
 
-// What a call reads, converted where a kernel takes one dtype alone.
-struct Inputs {
-  OptionalTensor threshold, coefficients, inverse;
-
-  Inputs(const Tensor& prototypes, const OptionalTensor& threshold_, const OptionalTensor& coefficients_,
-         bool normalize, cudaStream_t stream)
-      : threshold(as_float(threshold_)),
-        coefficients(as_float(coefficients_)),
-        inverse(inverse_lengths(prototypes, normalize, stream)) {}
-
-  void fill(LogsumexpInputs& args, const Tensor& x, const Tensor& prototypes, const Tensor& targets,
-            const OptionalTensor& occupied, double scale) const {
-    args.batch = x.size(0);
-    args.capacity = prototypes.size(0);
-    args.dim = static_cast<int>(x.size(1));
-    args.targets = slots_of(targets, "targets", args.capacity);
-    args.occupied = strided<bool>(occupied);
-    args.inverse_ptr = inverse ? data<float>(*inverse) : nullptr;
-    args.form = {strided<float>(threshold), strided<float>(coefficients)};
-    args.scale = static_cast<float>(scale);
-  }
-};
-
 template <class T>
-LogsumexpChosen<T> chosen(const Inputs& inputs, const Tensor& x, const Tensor& prototypes, const Tensor& targets,
-                          const OptionalTensor& occupied, const Tensor& negatives, double scale, bool normalize) {
+LogsumexpChosen<T> chosen(const Call& call, const Tensor& negatives, bool normalize) {
   LogsumexpChosen<T> args;
-  inputs.fill(args, x, prototypes, targets, occupied, scale);
-  args.x = rows_of<float>(x);
-  args.prototypes = rows_of<T>(prototypes);
-  args.aligned = aligned_rows(args.x, x.size(0)) && aligned_rows(args.prototypes, args.capacity);
+  call.fill(args);
+  args.x = rows_of<float>(call.x);
+  args.prototypes = call.rows<T>();
+  args.aligned = aligned_rows(args.x, call.batch) && call.aligned<T>();
   args.normalize = normalize;
-  args.negatives = slots_of(negatives, "negatives", args.capacity);
+  args.negatives = slots_of(negatives, "negatives", call.capacity);
   args.count = static_cast<int>(negatives.size(1));
   return args;
 }
@@ -60,11 +36,12 @@ Outputs forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets
   Tensor kept = empty(prototypes, {0, 0}, prototypes.scalar_type());  // a product costs less than keeping it
   if (B == 0) return {cosine, n, target_rows, o, kept};
 
+  const Call call(x, prototypes, targets, occupied, threshold, coefficients, scale, normalize_prototypes && !negatives,
+                  device.stream());
   if (negatives) {
-    const Inputs inputs(prototypes, threshold, coefficients, false, device.stream());
     with_factor(prototypes, [&](auto zero) {
       using T = decltype(zero);
-      auto args = chosen<T>(inputs, x, prototypes, targets, occupied, *negatives, scale, normalize_prototypes);
+      auto args = chosen<T>(call, *negatives, normalize_prototypes);
       args.cosine_ptr = data<float>(cosine);
       args.n_ptr = data<float>(n);
       args.target_rows_ptr = data<float>(target_rows);
@@ -74,10 +51,9 @@ Outputs forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets
     return {cosine, n, target_rows, o, kept};
   }
 
-  const Inputs inputs(prototypes, threshold, coefficients, normalize_prototypes, device.stream());
   const Processors processors(x);
   LogsumexpForward args;
-  inputs.fill(args, x, prototypes, targets, occupied, scale);
+  call.fill(args);
   args.x = rows_of<float>(x);
   // With lengths divided out, exponentials times 1 / |w| know no bound; and float16 ends at 2^-24.
   args.running = !offset || normalize_prototypes || prototypes.scalar_type() == ScalarType::Half;
@@ -85,9 +61,8 @@ Outputs forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets
   with_factor(prototypes, [&](auto zero) {
     using T = decltype(zero);
     constexpr int TILE = sizeof(T) == 2 ? 32 : 16;
-    const Rows<const T> rows = rows_of<T>(prototypes);
-    args.prototypes = {rows.data, rows.row_stride, rows.column_stride, 0};
-    with_shape<ForwardTask, T, TILE>(D, aligned_rows(rows, M), processors, [&](auto shape) {
+    args.prototypes = call.streamed<T>();
+    with_shape<ForwardTask, T, TILE>(D, call.aligned<T>(), processors, [&](auto shape) {
       using S = decltype(shape);
       const unsigned row_blocks = blocks(B, S::ROWS);
       const Splits splits(M, row_blocks, processors.count);
@@ -110,7 +85,7 @@ Outputs forward(const Tensor& x, const Tensor& prototypes, const Tensor& targets
       reduction.maxima_ptr = args.running ? args.maxima_ptr : nullptr;
       reduction.moments_ptr = args.moments_ptr;
       reduction.x = args.x;
-      reduction.prototypes = rows;
+      reduction.prototypes = call.rows<T>();
       reduction.targets = args.targets;
       reduction.normalize = normalize_prototypes;
       reduction.scale = args.scale;
@@ -136,7 +111,8 @@ void backward_(Tensor grad_prototypes, const Tensor& grad_cosine, const Tensor& 
   const OnDevice device(x);
   const int64_t B = x.size(0), D = x.size(1), M = prototypes.size(0);
   if (M == 0 || D == 0) return;
-  const Inputs inputs(prototypes, threshold, coefficients, normalize_prototypes && !negatives, device.stream());
+  const Call call(x, prototypes, targets, occupied, threshold, coefficients, scale, normalize_prototypes && !negatives,
+                  device.stream());
   const Tensor own_grad_cosine = torch::stable::contiguous(grad_cosine), own_grad_n = torch::stable::contiguous(grad_n);
   const Tensor own_n = torch::stable::contiguous(n);
   if (negatives) {
@@ -144,7 +120,7 @@ void backward_(Tensor grad_prototypes, const Tensor& grad_cosine, const Tensor& 
     Tensor slots = empty(x, {B, entries}, ScalarType::Long), grads = empty(x, {B, entries}, ScalarType::Float);
     with_factor(prototypes, [&](auto zero) {
       using T = decltype(zero);
-      auto args = chosen<T>(inputs, x, prototypes, targets, occupied, *negatives, scale, normalize_prototypes);
+      auto args = chosen<T>(call, *negatives, normalize_prototypes);
       args.n_ptr = data<float>(own_n);
       args.grad_n_ptr = data<float>(own_grad_n);
       args.grad_cosine_ptr = data<float>(own_grad_cosine);
@@ -161,8 +137,8 @@ void backward_(Tensor grad_prototypes, const Tensor& grad_cosine, const Tensor& 
   with_factor(prototypes, [&](auto zero) {
     using T = decltype(zero);
     LogsumexpBackward<T> args;
-    inputs.fill(args, x, prototypes, targets, occupied, scale);
-    args.prototypes = rows_of<T>(prototypes);
+    call.fill(args);
+    args.prototypes = call.rows<T>();
     args.n_ptr = data<float>(own_n);
     args.grad_n_ptr = data<float>(own_grad_n);
     args.grad_cosine_ptr = data<float>(own_grad_cosine);
@@ -184,19 +160,6 @@ void backward_(Tensor grad_prototypes, const Tensor& grad_cosine, const Tensor& 
              device.stream(), args);
     });
   });
-}
-
-STABLE_TORCH_LIBRARY_FRAGMENT(PROTOMEM_OPERATORS, m) {
-  m.def(
-      "negative_logsumexp(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives,"
-      " Tensor? threshold, Tensor? coefficients, float scale, float? offset, bool normalize_prototypes,"
-      " bool with_gradient, SymInt kept_rows)"
-      " -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o, Tensor kept)");
-  m.def(
-      "negative_logsumexp_backward_(Tensor(a!) grad_prototypes, Tensor grad_cosine, Tensor grad_n, Tensor x,"
-      " Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives, Tensor? threshold,"
-      " Tensor? coefficients, Tensor n, float scale, float? offset, bool normalize_prototypes, SymInt kept_rows)"
-      " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PROTOMEM_OPERATORS, PROTOMEM_DEVICE, m) {

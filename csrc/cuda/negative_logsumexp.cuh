@@ -1,11 +1,6 @@
 // negative_logsumexp on a GPU.
 //
-// With x_i a unit embedding (i < B), w_j a prototype (j < M), cos_ij = x_i . w_j and s the scale,
-//
-//   h_ij = cos_ij where cos_ij <= tau_i, else a cos_ij + b + g cos_ij^2       (the hard-negative form, if there is one)
-//   n_i  = log sum over the negatives j of exp(s h_ij)                        (-inf if there are none)
-//   o_i  = dn_i/dx_i = s sum_j q_ij h'_ij w_j,   q_ij = exp(s h_ij - n_i)
-//   dL/dw_j = sum_i (dL/dn_i s q_ij h'_ij + [j is i's target] dL/dc_i) x_i,    c_i = cos at the target.
+// What is computed, h, n, o, q and dL/dw, is derived in protomem_kernels/backends/reference/negative_logsumexp.py.
 //
 // **Forward**, two launches (three if prototypes are scaled to unit length: their inverse lengths come first):
 //   stream     samples resident, one split of the memory passes by: per sample the sum of e^{s h - shift}, and o next
@@ -29,9 +24,9 @@
 
 #include <cmath>
 
-#include "../common/cuda/warp.cuh"
-#include "chosen_rows.cuh"
-#include "stream.cuh"
+#include "base/chosen_rows.cuh"
+#include "base/stream.cuh"
+#include "base/warp.cuh"
 
 namespace protomem::cuda {
 

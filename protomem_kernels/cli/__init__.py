@@ -11,15 +11,17 @@ if sys.version_info < (3, 11):
     NEEDED.append("tomli")
 
 
-def main() -> None:
-    """Run the ``protomem`` command; without the ``train`` extra say so in one line and exit with code 2."""
+def check_needed(command: str) -> None:
+    """Without the ``train`` extra say so in one line and end with exit code 2."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        print(
-            f"error: the protomem command needs {', '.join(missing)}: pip install 'protomem-kernels[train]'",
-            file=sys.stderr,
-        )
+        print(f"error: {command} needs {', '.join(missing)}: pip install 'protomem-kernels[train]'", file=sys.stderr)
         raise SystemExit(2)
+
+
+def main() -> None:
+    """Run the ``protomem`` command."""
+    check_needed("the protomem command")
     from protomem_kernels.cli.app import app
 
     app()

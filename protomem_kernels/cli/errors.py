@@ -8,7 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from protomem_kernels.datasets import DatasetError
+from protomem_kernels.data.images import DatasetError
+from protomem_kernels.training.errors import RunError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +26,7 @@ def errors_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (CommandError, DatasetError) as error:
+        except (CommandError, RunError, DatasetError) as error:
             typer.echo("error: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(2) from None
 

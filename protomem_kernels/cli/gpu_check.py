@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,15 +19,13 @@ import torch
 import typer
 from rich.console import Console
 
-import protomem_kernels as pmk
-from protomem_kernels.cli.bench import bench
-from protomem_kernels.cli.bench_results import machine
-from protomem_kernels.cli.checkpoints import written_whole
+from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.cli.errors import CommandError, errors_in_one_line
+from protomem_kernels.cli.machine import machine
 from protomem_kernels.cli.pytest_runs import read_outcomes, run_pytest
+from protomem_kernels.training.files import written_whole
 
-ROOT = Path(pmk.__file__).parents[1]
-PARTS = {"tests/gpu": "the GPU suite", "tests/ops": "the contract suites", "benchmarks/conftest.py": "the benchmarks"}
+PARTS = {"tests/gpu": "the GPU suite", "tests/ops": "the contract suites", "benchmarks/__main__.py": "the benchmarks"}
 PACKAGES = ["hypothesis", "pytest", "pytest_benchmark"]
 DEVICE = "cuda"
 # The environment must not turn the check of a GPU into a check of something else.
@@ -39,6 +39,13 @@ def gpu_check(
     peers: Annotated[
         bool, typer.Option("--peers/--no-peers", help="Measure all peers too, not our own figures alone.")
     ] = True,
+    checkout: Annotated[
+        Path,
+        typer.Option(
+            help="The checkout whose tests and benchmarks are run. [dim]Default: the current folder.[/]",
+            show_default=False,
+        ),
+    ] = Path(),
 ) -> None:
     """Run the tests and the benchmarks that need a GPU, and write one JSON file to send back.
 
@@ -46,19 +53,20 @@ def gpu_check(
     and no names of people or machines. The exit code is 1 if a test failed or a benchmark did not run to its end (a
     figure that is not what it should be is a result); the file is written then too.
     """
-    _check_what_is_needed()
+    root = checkout.resolve()
+    _check_what_is_needed(root)
     if output.is_dir():
         raise CommandError(f"output must be a file, {output} is a folder")
     console, start = Console(), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        content: dict[str, Any] = {"format": "protomem-gpu-check", "version": 1, "environment": _environment()}
-        content["tests"] = _run_tests(folder, console)
-        content["benchmarks"] = {"quick": _run_benchmarks(folder / "quick", quick=True)}
+        content: dict[str, Any] = {"format": "protomem-gpu-check", "version": 1, "environment": _environment(root)}
+        content["tests"] = _run_tests(root, folder, console)
+        content["benchmarks"] = {"quick": _run_benchmarks(root, folder / "quick", "--quick")}
         if peers:  # in the dtype that all of them are made for
-            content["benchmarks"]["peers"] = _run_benchmarks(folder / "peers", dtype="bfloat16")
+            content["benchmarks"]["peers"] = _run_benchmarks(root, folder / "peers", "--dtype", "bfloat16")
         content["seconds"] = round(time.monotonic() - start, 1)
-        text = json.dumps(content, indent=1).replace(str(ROOT), ".").replace(str(folder), "<temporary>")
+        text = json.dumps(content, indent=1).replace(str(root), ".").replace(str(folder), "<temporary>")
     with written_whole(output) as file:
         file.write_text(text + "\n", encoding="utf-8")
     failed = _summarize(content, console)
@@ -67,22 +75,22 @@ def gpu_check(
         raise typer.Exit(1)
 
 
-def _check_what_is_needed() -> None:
+def _check_what_is_needed(root: Path) -> None:
     if not torch.cuda.is_available():
         built = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         raise CommandError(f"protomem gpu-check needs a GPU; torch {torch.__version__}, built {built}, sees none here")
-    missing = [f"{what} ({place})" for place, what in PARTS.items() if not (ROOT / place).exists()]
+    missing = [f"{what} ({place})" for place, what in PARTS.items() if not (root / place).exists()]
     if missing:
         raise CommandError(
-            f"not here: {', '.join(missing)}; they come with the repository: run protomem gpu-check from a checkout "
-            "that was installed with pip install -e '.[dev]'"
+            f"not here: {', '.join(missing)}; they come with the repository: run protomem gpu-check in a checkout "
+            "that was installed with pip install -e '.[dev]', or name it with --checkout"
         )
     packages = [name for name in PACKAGES if find_spec(name) is None]
     if packages:
         raise CommandError(f"protomem gpu-check needs {', '.join(packages)}: pip install -e '.[dev]'")
 
 
-def _environment() -> dict[str, Any]:
+def _environment(root: Path) -> dict[str, Any]:
     """Describe the GPU and the software, without a path, a host or a user."""
     devices = range(torch.cuda.device_count())
     return {
@@ -97,19 +105,19 @@ def _environment() -> dict[str, Any]:
             }
             for index in devices
         ],
-        "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0],
+        "driver": _said(root, ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0],
         "cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in ("triton", "numpy", "cut-cross-entropy", "liger-kernel")},
-        "commit": _said(["git", "rev-parse", "HEAD"]),
-        "changed_files": len(_said(["git", "status", "--porcelain"]).splitlines()),
-        "backends": {name: backend.unavailable() for name, backend in pmk.ops.dispatch.BACKENDS.items()},
+        "commit": _said(root, ["git", "rev-parse", "HEAD"]),
+        "changed_files": len(_said(root, ["git", "status", "--porcelain"]).splitlines()),
+        "backends": {name: backend.unavailable() for name, backend in BACKENDS.items()},
     }
 
 
-def _said(command: list[str]) -> str:
+def _said(root: Path, command: list[str]) -> str:
     """Return what a program prints; nothing if it is not there or fails."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -121,11 +129,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _run_tests(folder: Path, console: Console) -> dict[str, Any]:
+def _run_tests(root: Path, folder: Path, console: Console) -> dict[str, Any]:
     """Run every test with the mark "gpu"; return the counts and each test's outcome."""
     junit, log = folder / "junit.xml", folder / "pytest.log"
     arguments = ["tests", "-m", "gpu", f"--junit-xml={junit}"]
-    code = run_pytest(arguments, ROOT, log, console, "collecting the GPU suite ...", without=MISLEADING)
+    code = run_pytest(arguments, root, log, console, "collecting the GPU suite ...", without=MISLEADING)
     outcomes = read_outcomes(junit) if junit.exists() else []
     result = {"exit_code": code, "counts": dict(Counter(outcome.outcome for outcome in outcomes))}
     result["results"] = [
@@ -137,13 +145,11 @@ def _run_tests(folder: Path, console: Console) -> dict[str, Any]:
     return result
 
 
-def _run_benchmarks(folder: Path, **options: Any) -> dict[str, Any]:
-    """Run ``protomem bench --device cuda`` with these options; return its exit code and what it wrote."""
-    code = 0
-    try:
-        bench(output=folder, device=DEVICE, **options)
-    except typer.Exit as end:
-        code = end.exit_code
+def _run_benchmarks(root: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Run ``python -m benchmarks --device cuda`` with these options; return its exit code and what it wrote."""
+    command = [sys.executable, "-m", "benchmarks", "--output", str(folder), "--device", DEVICE, *options]
+    kept = {name: value for name, value in os.environ.items() if name not in MISLEADING}
+    code = subprocess.run(command, cwd=root, env=kept).returncode
     file, log = folder / "results.json", folder / "pytest.log"
     if file.exists():
         return {"exit_code": code, **json.loads(file.read_text(encoding="utf-8"))}

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from protomem_kernels.cli.config import TrainConfig
-from protomem_kernels.cli.training import Step
+from protomem_kernels.training.config import TrainConfig
+from protomem_kernels.training.loop import Observer
+from protomem_kernels.training.steps import Step
 
 
-class Display:
-    """Context manager: ``show`` moves the bar on and writes the step to TensorBoard."""
+class Display(Observer):
+    """Shows a run on the console while it goes on, and writes its steps to TensorBoard."""
 
-    def __init__(self, folder: Path, config: TrainConfig, *, first_step: int, console: Console) -> None:
-        self._folder, self._config, self._first_step = folder, config, first_step
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._smooth = 0.0  # moving average of the loss, for the eye only
         self._bar = Progress(
             TextColumn("[bold]training"),
@@ -32,30 +33,34 @@ class Display:
             console=console,
         )
 
-    def __enter__(self) -> Display:
+    def begin(self, folder: Path, config: TrainConfig, people: str, device: torch.device, first_step: int) -> None:
+        """Say what is trained, open TensorBoard's file and start the bar."""
+        self._console.print(f"[bold]{folder}[/]: {people}, {config.steps} steps on {device}")
+        if first_step:
+            self._console.print(f"continuing after step {first_step}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensorboard's own dependencies
             from torch.utils.tensorboard import SummaryWriter
         # Events of steps that a killed run took after its last checkpoint are marked as undone.
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._first_step + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._bar.start()
-        self._task = self._bar.add_task(
-            "training", total=self._config.steps, completed=self._first_step, loss=0.0, occupancy=0.0
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-        self._writer.close()
+        self._task = self._bar.add_task("training", total=config.steps, completed=first_step, loss=0.0, occupancy=0.0)
 
     def show(self, step: Step) -> None:
-        """Take note of one training step."""
+        """Move the bar on, and write the step to TensorBoard."""
         self._smooth = step.loss if not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
         self._bar.update(self._task, completed=step.number, loss=self._smooth, occupancy=step.occupancy)
         for name, value in zip(step._fields[1:], step[1:], strict=True):
             self._writer.add_scalar(f"train/{name}", value, step.number)
+
+    def end(self) -> None:
+        """Stop the bar and close TensorBoard's file."""
+        self._bar.stop()
+        self._writer.close()
+
+    def result(self, folder: Path, metrics: dict[str, Any]) -> None:
+        """Show the table of the figures."""
+        self._console.print(result_table(folder, metrics))
 
 
 def result_table(folder: Path, metrics: dict[str, Any]) -> Table:

@@ -1,97 +1,21 @@
-"""``protomem train``: the options, and the run from its data to its figures."""
+"""``protomem train``: the options, read off the fields of ``TrainConfig``, and which of them were typed."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import torch
 import typer
 from rich.console import Console
 
-from protomem_kernels.cli import checkpoints, runs
-from protomem_kernels.cli.config import RUN, TrainConfig, config_from, read_toml
-from protomem_kernels.cli.errors import CommandError, errors_in_one_line
-from protomem_kernels.cli.faces import Faces
-from protomem_kernels.cli.progress import Display, result_table
-from protomem_kernels.cli.report import report
-from protomem_kernels.cli.training import Training, batches
-
-
-def run_training(config: TrainConfig, console: Console, resumed: Path | None = None) -> dict[str, Any]:
-    """Train, verify on unseen people, write the run's folder, and return what ``metrics.json`` holds.
-
-    Args:
-        config: the whole description of the run.
-        console: where progress and the result table go.
-        resumed: the folder of the run to go on with; None: a fresh folder.
-
-    """
-    started = time.perf_counter()
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.deterministic = True
-    faces = Faces(config)
-    training = Training(config, channels=faces.channels, identities=len(faces.train.identities), device=device)
-    earlier = 0.0  # seconds of work that the checkpoint already holds
-    if resumed is None:
-        folder = runs.start_run(config)
-    else:
-        folder = resumed
-        if (folder / runs.CHECKPOINT).exists():
-            earlier = go_on(training, folder / runs.CHECKPOINT)
-        checkpoints.sweep(folder)
-    console.print(f"[bold]{folder}[/]: {faces.summary}, {config.steps} steps on {device}")
-    if training.step:
-        console.print(f"continuing after step {training.step}")
-
-    sampler = faces.sampler(config)
-    order = batches(sampler, training.step, config.steps)
-    with Display(folder, config, first_step=training.step, console=console) as display:
-        for images, labels in faces.train_batches(order):
-            step = training.advance(images, labels)
-            if not math.isfinite(step.loss):
-                raise CommandError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
-            display.show(step)
-            if training.step % config.checkpoint_every == 0 or training.step == config.steps:
-                content = {"config": config.as_dict(), "seconds": earlier + time.perf_counter() - started}
-                checkpoints.save_checkpoint(folder / runs.CHECKPOINT, content | training.state())
-
-    metrics = report(folder, config, faces, training, seconds=earlier + time.perf_counter() - started)
-    console.print(result_table(folder, metrics))
-    return metrics
-
-
-def go_on(training: Training, checkpoint: Path) -> float:
-    """Put ``training`` where the checkpoint was written; return the seconds of work behind it."""
-    content = checkpoints.load_checkpoint(checkpoint)
-    try:
-        for key, ours in training.config.as_dict().items():
-            theirs = content["config"][key]
-            if theirs != ours and key not in runs.FREE_ON_RESUME:
-                raise CommandError(f"{checkpoint} belongs to another run: {key} is {theirs!r} there and {ours!r} here")
-        training.restore(content)
-        return float(content["seconds"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:  # what load_state_dict raises for other shapes
-        raise CommandError(f"{checkpoint} does not fit this run: {error}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name (``auto``: a GPU where there is one); CommandError if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+from protomem_kernels.cli.errors import errors_in_one_line
+from protomem_kernels.cli.progress import Display
+from protomem_kernels.training.config import RUN, TrainConfig, config_from, read_toml
+from protomem_kernels.training.loop import run_training
+from protomem_kernels.training.runs import reopen_run
 
 
 @errors_in_one_line
@@ -116,8 +40,8 @@ def train(
     config = config_from(given, str(config_file))
     folder = None
     if resume:
-        folder, config = runs.reopen_run(config, given)
-    run_training(config, Console(), folder)
+        folder, config = reopen_run(config, given)
+    run_training(config, watch=Display(Console()), resumed=folder)
 
 
 def _was_typed(ctx: typer.Context, key: str) -> bool:

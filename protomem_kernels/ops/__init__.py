@@ -1,20 +1,12 @@
-"""The operators: one file each with contract, checks, fake kernel, autograd and dispatch to a backend."""
+"""The registered operators: one file each with contract, checks, fake kernel and autograd.
+
+``schemas`` holds what PyTorch knows of them, ``register`` tells it, ``call`` calls them, ``once`` ends their gradients.
+"""
 
 from protomem_kernels.ops.aggregate_prototypes import aggregate_prototypes
-from protomem_kernels.ops.dispatch import Choice, explain, use_backend
-from protomem_kernels.ops.enqueue import enqueue_, find_slots
+from protomem_kernels.ops.enqueue import enqueue_
 from protomem_kernels.ops.hardest_negatives import hardest_negatives
 from protomem_kernels.ops.margin_softmax_logits import margin_softmax_logits
-from protomem_kernels.ops.margin_softmax_loss import margin_softmax_loss
+from protomem_kernels.ops.negative_logsumexp import negative_logsumexp
 
-__all__ = [
-    "Choice",
-    "aggregate_prototypes",
-    "enqueue_",
-    "explain",
-    "find_slots",
-    "hardest_negatives",
-    "margin_softmax_logits",
-    "margin_softmax_loss",
-    "use_backend",
-]
+__all__ = ["aggregate_prototypes", "enqueue_", "hardest_negatives", "margin_softmax_logits", "negative_logsumexp"]

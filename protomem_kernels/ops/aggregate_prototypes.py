@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from protomem_kernels._checks import check_batch, check_int, check_weights, refuse_bad_weights
-from protomem_kernels.ops.dispatch import call, register
+from protomem_kernels.backends.operators import BATCH
+from protomem_kernels.ops.call import call
+from protomem_kernels.ops.register import register
+from protomem_kernels.rows import accumulation_dtype
 from protomem_kernels.types import AggregatedPrototypes
 
 
@@ -82,7 +85,7 @@ def _fake(
     embeddings: Tensor, labels: Tensor, weights: Tensor | None, normalize: bool, max_identities: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size() if max_identities is None else max_identities
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(embeddings.dtype)
     return (
         embeddings.new_empty(rows, embeddings.shape[1], dtype=dtype),
         labels.new_empty(rows, dtype=torch.int64),
@@ -126,8 +129,7 @@ def _backward_fake(
 
 register(
     "aggregate_prototypes",
-    "(Tensor embeddings, Tensor labels, Tensor? weights, bool normalize, SymInt? max_identities)"
-    " -> (Tensor prototypes, Tensor identities, Tensor index, Tensor mass, Tensor norm)",
+    works_through=BATCH,
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -135,7 +137,6 @@ register(
 )
 register(
     "aggregate_prototypes_backward",
-    "(Tensor grad_prototypes, Tensor grad_mass, Tensor embeddings, Tensor? weights, Tensor index, Tensor prototypes,"
-    " Tensor mass, Tensor norm, bool normalize) -> (Tensor grad_embeddings, Tensor grad_weights)",
+    works_through=BATCH,
     fake=_backward_fake,
 )

@@ -1,13 +1,13 @@
-"""``enqueue_``: contract, checks and fake kernel; and ``find_slots``, the read-only half of its join."""
+"""``enqueue_``: contract, checks and fake kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from protomem_kernels import reference
 from protomem_kernels._checks import check_choice, check_matches, check_number, check_tensor, shape_of
-from protomem_kernels.ops.dispatch import register
+from protomem_kernels.backends.operators import BATCH
+from protomem_kernels.ops.register import register
 from protomem_kernels.types import EnqueueResult, MemoryState
 
 POLICIES = ("fifo", "lru")
@@ -114,14 +114,6 @@ def enqueue_keeping_previous_(
     return slots, evicted, known, previous
 
 
-def find_slots(memory_identities: Tensor, identities: Tensor) -> Tensor:
-    """Return where each identity (P,) stands among the memory's (M,): slots (P,) int64, -1 if absent or negative."""
-    check_tensor("memory_identities", memory_identities, 1, "(M,)", floating=False)
-    check_tensor("identities", identities, 1, "(P,)", floating=False)
-    usable = torch.ones_like(identities, dtype=torch.bool)
-    return reference.match_identities(memory_identities.long(), identities.long(), usable)[1]
-
-
 def _fake(
     memory_prototypes: Tensor,
     memory_identities: Tensor,
@@ -145,8 +137,6 @@ def _fake(
 
 register(
     "enqueue_",
-    "(Tensor(a!) memory_prototypes, Tensor(b!) memory_identities, Tensor(c!) stamps, Tensor(d!) cursor,"
-    " Tensor(e!) clock, Tensor prototypes, Tensor identities, float refresh_ratio, str policy,"
-    " bool keep_previous) -> (Tensor slots, Tensor evicted, Tensor known, Tensor previous)",
+    works_through=BATCH,
     fake=_fake,
 )

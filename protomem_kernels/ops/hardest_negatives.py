@@ -14,9 +14,11 @@ from protomem_kernels._checks import (
     check_prototypes,
     refuse_targets_past_the_end,
 )
-from protomem_kernels.ops._embeddings import unit_embeddings
-from protomem_kernels.ops.dispatch import call, register
-from protomem_kernels.types import HardestNegatives
+from protomem_kernels.backends.operators import CHOSEN
+from protomem_kernels.ops.call import call
+from protomem_kernels.ops.register import register
+from protomem_kernels.rows import unit_embeddings
+from protomem_kernels.types import HardestNegativesResult
 
 
 def hardest_negatives(
@@ -27,7 +29,7 @@ def hardest_negatives(
     k: int,
     occupied: Tensor | None = None,
     normalize_prototypes: bool = False,
-) -> HardestNegatives:
+) -> HardestNegativesResult:
     """Find the exact k largest cosines of each embedding to the memory, without the (B, M) logits.
 
     Descending; ties go to the lower slot. The target and empty slots never appear; where there are fewer than k
@@ -43,7 +45,8 @@ def hardest_negatives(
         normalize_prototypes: scale the rows of ``prototypes`` to unit length first.
 
     Returns:
-        ``HardestNegatives(cosines (B, k), slots (B, k) int64)``; cosines are float32 (float64 for float64 embeddings).
+        ``HardestNegativesResult(cosines (B, k), slots (B, k) int64)``; cosines are float32 (float64 for float64
+        embeddings).
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -52,7 +55,7 @@ def hardest_negatives(
     Example:
         >>> prototypes = torch.eye(3)
         >>> hardest_negatives(torch.tensor([[3.0, 4.0, 0.0]]), prototypes, torch.tensor([1]), k=2)
-        HardestNegatives(cosines=tensor([[0.6000, 0.0000]]), slots=tensor([[0, 2]]))
+        HardestNegativesResult(cosines=tensor([[0.6000, 0.0000]]), slots=tensor([[0, 2]]))
     """
     if targets is None and isinstance(embeddings, Tensor) and embeddings.ndim > 0:
         targets = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
@@ -61,7 +64,7 @@ def hardest_negatives(
     check_occupied(occupied, prototypes)
     check_int("k", k, at_least=1)
     x, _ = unit_embeddings(embeddings)
-    return HardestNegatives(*call("hardest_negatives", x, prototypes, targets, occupied, k, normalize_prototypes))
+    return HardestNegativesResult(*call("hardest_negatives", x, prototypes, targets, occupied, k, normalize_prototypes))
 
 
 def _check_values(x: Tensor, prototypes: Tensor, targets: Tensor, *_: Any) -> None:
@@ -98,8 +101,6 @@ def _backward_fake(grad: Tensor, x: Tensor, prototypes: Tensor, slots: Tensor, _
 
 register(
     "hardest_negatives",
-    "(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, SymInt k, bool normalize_prototypes)"
-    " -> (Tensor cosines, Tensor slots)",
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -107,7 +108,6 @@ register(
 )
 register(
     "hardest_negatives_backward",
-    "(Tensor grad_cosines, Tensor x, Tensor prototypes, Tensor slots, bool normalize_prototypes, bool need_prototypes)"
-    " -> (Tensor grad_x, Tensor grad_prototypes)",
+    works_through=CHOSEN,
     fake=_backward_fake,
 )

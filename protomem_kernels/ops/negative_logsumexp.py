@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from protomem_kernels._checks import refuse_targets_past_the_end
-from protomem_kernels.ops.dispatch import call, is_watched, register
+from protomem_kernels.ops.call import call, is_watched
+from protomem_kernels.ops.register import register
 from protomem_kernels.types import HardNegativeForm
 
 # Exponents that float32 / float64 can hold, with a margin below overflow and above the smallest normal number.
@@ -155,9 +156,6 @@ def _backward(ctx: Any, grad_cosine: Tensor | None, grad_n: Tensor | None, *_: A
 
 register(
     "negative_logsumexp",
-    "(Tensor x, Tensor prototypes, Tensor targets, Tensor? occupied, Tensor? negatives, Tensor? threshold,"
-    " Tensor? coefficients, float scale, float? offset, bool normalize_prototypes, bool with_gradient,"
-    " SymInt kept_rows) -> (Tensor cosine, Tensor n, Tensor target_rows, Tensor o, Tensor kept)",
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -165,8 +163,5 @@ register(
 )
 register(
     "negative_logsumexp_backward_",
-    "(Tensor(a!) grad_prototypes, Tensor grad_cosine, Tensor grad_n, Tensor x, Tensor prototypes, Tensor targets,"
-    " Tensor? occupied, Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor n, float scale,"
-    " float? offset, bool normalize_prototypes, SymInt kept_rows) -> ()",
     fake=lambda *_: None,
 )

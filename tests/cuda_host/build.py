@@ -1,10 +1,10 @@
 """CUDA kernels compiled for the CPU with g++, in three modes, as programs or as libraries that Python calls.
 
-    kernels = build.load("aggregate_prototypes.cpp", "race")     # tests/cuda_host/aggregate_prototypes.cpp
+    kernels = build.load("wrappers.cpp", "race")     # tests/cuda_host/wrappers.cpp
     kernels.seed(3)
-    kernels.call("aggregate_prototypes", x, x.shape[0], x.shape[1], sums)
+    kernels.call("warp_functions_int32", x, sums, maxima, before)
 
-A test takes its mode from the fixture ``mode`` (conftest.py). "plain" and "race" run in this process. "sanitized" needs
+A test takes its mode from the fixture ``mode`` (modes.py). "plain" and "race" run in this process. "sanitized" needs
 a process that starts with AddressSanitizer's runtime: test_sanitized.py runs the folder's files once more in such.
 """
 
@@ -27,11 +27,12 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+RUNTIME_SOURCES = ROOT / "csrc" / "cuda_host"
 FOLDER = ROOT / "build" / "cuda_host"
 COMPILER = os.environ.get("CXX", "").split(" ")[0] or "g++"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-omit-frame-pointer", "-fPIC"]
 # Hidden and unshared, so that several libraries, each with its runtime, live in one process.
-FLAGS += ["-fvisibility=hidden", "-fno-gnu-unique", "-DPROTOMEM_HOST", f"-I{HERE}"]
+FLAGS += ["-fvisibility=hidden", "-fno-gnu-unique", "-DPROTOMEM_HOST"]
 # Calls instead of code at each access, and no second opinion on what is out of bounds: half the time to compile.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=object-size,null,vptr"]
 SANITIZE += ["--param=asan-instrumentation-with-call-threshold=0"]
@@ -110,7 +111,14 @@ def build(source: str, mode: str, *, program: bool = False) -> Path:
     jobs = []
     for name in [source, *RUNTIME[mode]]:
         extra = kernels_alone if name == source else []
-        command = [COMPILER, *FLAGS, *everywhere, *extra, "-c", str(HERE / name)]
+        command = [
+            COMPILER,
+            *FLAGS,
+            *everywhere,
+            *extra,
+            "-c",
+            str((RUNTIME_SOURCES if name in RUNTIME[mode] else HERE) / name),
+        ]
         jobs.append((FOLDER / mode / f"{Path(name).stem}.o", command))
     objects = make_all(jobs)
     suffix, kind = (".exe", []) if program else (".so", ["-shared", "-Wl,-z,defs"])

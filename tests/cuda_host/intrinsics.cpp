@@ -1,6 +1,6 @@
 // What cuda_host.h defines under CUDA's own names, and the runtime's limits, for test_intrinsics.py.
-#include "../../csrc/common/cuda/memory.cuh"
-#include "../../csrc/common/cuda/warp.cuh"
+#include "../../csrc/cuda/base/memory.cuh"
+#include "../../csrc/cuda/base/warp.cuh"
 #include "driver.h"
 
 namespace protomem::cuda {

@@ -1,5 +1,5 @@
 // Runs a program of memory accesses and synchronisations that a test made up: test_race_oracle.py.
-#include "../../csrc/common/cuda/kernel.cuh"
+#include "../../csrc/cuda/base/kernel.cuh"
 #include "driver.h"
 
 namespace protomem::cuda {

@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/common/cuda/memory.cuh"
-#include "../../csrc/common/cuda/mma.cuh"
-#include "../../csrc/common/cuda/warp.cuh"
+#include "../../csrc/cuda/base/memory.cuh"
+#include "../../csrc/cuda/base/mma.cuh"
+#include "../../csrc/cuda/base/warp.cuh"
 
 extern "C" void cuda_host_seed(uint64_t seed);
 

@@ -1,4 +1,4 @@
-"""Every test of this folder that runs kernels, once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""Every test that runs kernels, of this folder and of the operators, once more under the sanitizers of GCC."""
 
 from __future__ import annotations
 
@@ -38,14 +38,21 @@ def execute(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[
 
 
 # All but those that have no kernel to run under the sanitizers, or start their own processes.
-OTHERS = {"test_contract.py", "test_race_oracle.py", "test_matrix_mutants.py", "test_sanitized.py", "test_specimens.py"}
-FILES = sorted({path.name for path in build.HERE.glob("test_*.py")} - OTHERS)
+OTHERS = {"test_contract.py", "test_objects.py", "test_race_oracle.py", "test_readme.py", "test_sanitized.py"}
+OTHERS |= {"test_specimens.py"}
+FOLDERS = ("tests/cuda_host", "tests/backends/cuda")
+FILES = [
+    f"{folder}/{path.name}"
+    for folder in FOLDERS
+    for path in sorted((build.ROOT / folder).glob("test_*.py"))
+    if path.name not in OTHERS
+]
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_kernels_under_the_sanitizers(file: str, tmp_path: Path) -> None:
     options = ["-q", "-k", "sanitized", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-cov"]
-    process, reports = execute(tmp_path, "-m", "pytest", *options, str(build.HERE / file))
+    process, reports = execute(tmp_path, "-m", "pytest", *options, file)
     assert process.returncode == 0, process.stdout + process.stderr + reports
     assert reports == ""
     assert " passed" in process.stdout
@@ -55,7 +62,7 @@ def test_the_kernels_under_the_sanitizers(file: str, tmp_path: Path) -> None:
     ("x", "y"), [("torch.empty(124)", "torch.empty(128)"), ("torch.empty(128)", "torch.empty(124)")]
 )
 def test_a_step_past_a_tensor_is_seen(tmp_path: Path, x: str, y: str) -> None:
-    call = f"build.load('common.cpp', 'sanitized').call('twice_float32', {x}, {y}, 128)"
+    call = f"build.load('wrappers.cpp', 'sanitized').call('twice_float32', {x}, {y}, 128)"
     process, reports = execute(tmp_path, "-c", f"import torch\nfrom tests.cuda_host import build\n{call}")
     assert process.returncode != 0
     assert "heap-buffer-overflow" in reports

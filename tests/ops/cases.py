@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from protomem_kernels import triton
-from protomem_kernels.ops.dispatch import BACKENDS
+from protomem_kernels.backends import triton
+from protomem_kernels.backends.choice import BACKENDS
 
 # The CUDA kernels can be built so that they run on the CPU, in one of the modes of tests/cuda_host.
 if "PROTOMEM_CUDA_HOST_BACKEND" in os.environ:
-    from tests.cuda_host import operators
+    from tests.backends.cuda import operators
 
     operators.install(os.environ["PROTOMEM_CUDA_HOST_BACKEND"])
 

@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import protomem_kernels as pmk
-from protomem_kernels.ops.enqueue import POLICIES, find_slots
+from protomem_kernels.identities import find_slots
+from protomem_kernels.ops.enqueue import POLICIES
 from tests.ops.cases import PLACES, each_backend, far_apart, interpreted, strided
 
 LAST = 2**63 - 1

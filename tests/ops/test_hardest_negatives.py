@@ -165,7 +165,7 @@ def test_a_broken_prototype_hides_no_other(backend: str, normalize: bool) -> Non
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton's interpreter is not asked for (TRITON_INTERPRET=1)")
 def test_scratch_space_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch taken in pieces of 64 rows, as where the maxima or the candidates of all rows are too many."""
-    from protomem_kernels.triton import hardest_negatives
+    from protomem_kernels.backends.triton import hardest_negatives
 
     x, w, targets, occupied = inputs((150, 700, 6), torch.float32)
     results = []

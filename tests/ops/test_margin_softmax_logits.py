@@ -111,7 +111,7 @@ def test_many_tiles_equal_the_reference(
     tau = torch.linspace(-0.1, 0.1, 300, dtype=kind) if form else None
     coefficients = torch.tensor([1.2, 0.2, 0.5], dtype=kind) if form else None
     if backend == "triton":
-        from protomem_kernels.triton import margin_softmax_logits
+        from protomem_kernels.backends.triton import margin_softmax_logits
 
         monkeypatch.setattr(margin_softmax_logits, "SCRATCH_BYTES", 1)  # the memory in as many chunks as can be
 

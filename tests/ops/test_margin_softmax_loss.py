@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import protomem_kernels as pmk
-from protomem_kernels.margins import bind
-from protomem_kernels.ops.margin_softmax_loss import Bank, loss_over_banks
+from protomem_kernels.objective import Bank, Banks, loss_over_banks
 from protomem_kernels.ops.negative_logsumexp import EXPONENTS, exponent_offset, negative_logsumexp
 from protomem_kernels.types import HardNegativeForm
 from tests.ops.cases import assert_as_close_as, each_backend, each_dtype, each_shape, strided, unit
@@ -303,7 +302,7 @@ def test_exponent_offset_keeps_every_sum_in_range() -> None:
     assert exponent_offset(85.0, 100_000, None, torch.float32) is None
     assert exponent_offset(128.0, 1000, None, torch.float64) == 0
     mv = pmk.MVSoftmax().hard_negatives(
-        torch.zeros(1), torch.ones(1, dtype=torch.bool), bind(pmk.ArcFace(), torch.ones(1))
+        lambda: torch.zeros(1), torch.ones(1, dtype=torch.bool), pmk.ArcFace().bind(torch.ones(1))
     )
     offset = exponent_offset(64.0, 100_000, mv, torch.float32)
     assert offset == pytest.approx(64 * 1.4 + math.log(1e5) + math.log(1.2) - 88)
@@ -339,15 +338,14 @@ def test_two_banks_equal_one(backend: str, mining: object) -> None:
         "margin": pmk.ArcFace(),
         "scale": 16.0,
         "mining": mining,
-        "normalize_prototypes": False,
         "reduction": "none",
         "return_stats": False,
     }
     with pmk.use_backend(backend):
-        one = loss_over_banks(one_x, [Bank(w1, targets, occupied)], **options)
+        one = loss_over_banks(one_x, Banks([Bank(w1, targets, occupied)], False), **options)
         first = torch.where(targets < 10, targets, -1)
         second = torch.where(targets >= 10, targets - 10, -1)
-        banks = [Bank(w2[:10], first, occupied[:10]), Bank(w2[10:], second, occupied[10:])]
+        banks = Banks([Bank(w2[:10], first, occupied[:10]), Bank(w2[10:], second, occupied[10:])], False)
         two = loss_over_banks(two_x, banks, **options)
     torch.testing.assert_close(one, two)
     upstream = torch.rand(7, dtype=torch.float64)

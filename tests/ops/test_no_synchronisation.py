@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import protomem_kernels as pmk
-from protomem_kernels import reference
+from protomem_kernels.backends import reference
 
 B, P, M, D, K = 6, 4, 300, 5, 3
 DEVICE = "meta"
@@ -45,7 +45,7 @@ def no_uploads() -> Iterator[None]:
 
 
 def kernel(name: str, *args: object) -> tuple[Tensor, ...]:
-    outputs = reference.KERNELS[name](*args)
+    outputs = reference.BACKEND.kernels[name](*args)
     outputs = outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)
     assert all(output.device.type == DEVICE for output in outputs)
     return outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protomem_kernels as pmk
-from protomem_kernels import reference
-from protomem_kernels.ops import dispatch
+from protomem_kernels.backends import reference
+from protomem_kernels.backends.choice import BACKENDS
+from protomem_kernels.backends.operators import OPERATORS
+from protomem_kernels.backends.protocol import Backend
+from protomem_kernels.ops.register import values_can_be_read
 from tests.ops.cases import each_backend
 from tests.ops.test_margin_softmax_loss import inputs
 
@@ -49,7 +52,7 @@ def calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "margin_softmax_logits_backward", "x", (upstream, *inside, None, None, None, 8.0, False, False)
     yield "aggregate_prototypes", "dynamic", (e, labels, q, True, None)
     yield "aggregate_prototypes", "fixed", (e, labels, None, False, 4)
-    made = reference.KERNELS["aggregate_prototypes"](e.detach(), labels, q.detach(), True, 4)
+    made = reference.BACKEND.kernels["aggregate_prototypes"](e.detach(), labels, q.detach(), True, 4)
     prototypes, _, index, mass, norm = made
     yield (
         "aggregate_prototypes_backward",
@@ -74,7 +77,7 @@ CALLS = [*named_calls()]
 
 
 def test_every_operator_is_checked() -> None:
-    assert {name for name, _ in named_calls().values()} == set(reference.KERNELS)
+    assert {name for name, _ in named_calls().values()} == set(OPERATORS)
 
 
 @each_backend
@@ -147,7 +150,7 @@ def test_explain_names_every_backend_and_a_reason() -> None:
     assert [choice.backend for choice in choices] == ["triton", "cuda", "cpu", "reference"]
     assert sum(choice.chosen for choice in choices) == 1
     for choice in choices:  # no reason: it could serve the call too
-        assert (choice.reason is None) == (dispatch.BACKENDS[choice.backend].unavailable() is None)
+        assert (choice.reason is None) == (BACKENDS[choice.backend].unavailable() is None)
     assert choices[-1].backend == "reference"
     with pmk.use_backend("reference"):
         assert pmk.explain("enqueue_")[-1].chosen
@@ -161,8 +164,12 @@ def test_explain_refuses_unknown_operators() -> None:
 def test_an_unknown_or_unavailable_backend_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference, got 'tpu'"):
         pmk.use_backend("tpu").__enter__()
-    absent = dispatch.Backend("cuda", unavailable=lambda: "there is no GPU in this test")
-    monkeypatch.setitem(dispatch.BACKENDS, "cuda", absent)
+
+    class Absent(Backend):
+        def unavailable(self) -> str:
+            return "there is no GPU in this test"
+
+    monkeypatch.setitem(BACKENDS, "cuda", Absent("cuda"))
     with pytest.raises(RuntimeError, match=r"(?s)backend 'cuda' is not available.*cuda +there is no GPU.*reference"):
         pmk.use_backend("cuda").__enter__()
 
@@ -172,14 +179,13 @@ def test_another_backend_plugs_in_and_may_refuse(monkeypatch: pytest.MonkeyPatch
 
     def kernel(*args: Any) -> Any:
         seen.append(args)
-        return reference.KERNELS["hardest_negatives"](*args)
+        return reference.BACKEND.kernels["hardest_negatives"](*args)
 
-    other = dispatch.Backend(
-        "cpu",
-        {"hardest_negatives": kernel},
-        refuses=lambda operator, tensors: "only small" if tensors and tensors[0].shape[0] > 3 else None,
-    )
-    monkeypatch.setitem(dispatch.BACKENDS, "cpu", other)
+    class Small(Backend):
+        def refuses(self, operator: str, tensors: Sequence[Tensor]) -> str | None:
+            return "only small" if tensors and tensors[0].shape[0] > 3 else None
+
+    monkeypatch.setitem(BACKENDS, "cpu", Small("cpu", {"hardest_negatives": kernel}))
     w = torch.eye(4)
     pmk.hardest_negatives(w[:2], w, k=1)
     assert len(seen) == 1  # preferred to the reference
@@ -201,10 +207,10 @@ def test_another_backend_plugs_in_and_may_refuse(monkeypatch: pytest.MonkeyPatch
 
 def test_values_are_read_elsewhere_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROTOMEM_DEBUG", raising=False)
-    assert dispatch.values_can_be_read(torch.zeros(1))
-    assert not dispatch.values_can_be_read(torch.zeros(1, device="meta"))
+    assert values_can_be_read(torch.zeros(1))
+    assert not values_can_be_read(torch.zeros(1, device="meta"))
     monkeypatch.setenv("PROTOMEM_DEBUG", "1")
-    assert dispatch.values_can_be_read(torch.zeros(1, device="meta"))
+    assert values_can_be_read(torch.zeros(1, device="meta"))
 
 
 def test_unchecked_values_are_harmless() -> None:
@@ -217,14 +223,14 @@ def test_unchecked_values_are_harmless() -> None:
         ("negative_logsumexp", (None, None, None, None, 4.0, 0.0, False, True, 0)),
         ("hardest_negatives", (None, 2, False)),
     ):
-        kernel = reference.KERNELS[name]
+        kernel = reference.BACKEND.kernels[name]
         for ours, expected in zip(kernel(x, w, wild, *extra), kernel(x, w, none, *extra), strict=True):
             assert torch.equal(ours, expected)
     weights = torch.tensor([float("nan"), -3.0, 1.0])
-    made = reference.KERNELS["aggregate_prototypes"](x, torch.tensor([0, 0, 0]), weights, True, 1)
+    made = reference.BACKEND.kernels["aggregate_prototypes"](x, torch.tensor([0, 0, 0]), weights, True, 1)
     torch.testing.assert_close(made[0][0], x[2])
     assert made[3].tolist() == [1.0]
-    crowded = reference.KERNELS["aggregate_prototypes"](x, torch.tensor([8, 3, 5]), None, True, 2)
+    crowded = reference.BACKEND.kernels["aggregate_prototypes"](x, torch.tensor([8, 3, 5]), None, True, 2)
     assert crowded[1].tolist() == [3, 5]
     assert crowded[2].tolist() == [-1, 0, 1]
 

@@ -1,0 +1,50 @@
+"""What this package asks of PyTorch beyond its public interface, and of which PyTorch: nowhere else is it named.
+
+All of it stands in every release from 2.10 on, the oldest one supported; the newest that it was tried with is 2.13. A
+name that goes missing fails here, at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (2, 10)  # whose stable ABI the compiled parts use (TORCH_TARGET_VERSION)
+
+# Looked up once: calls of these are a good part of what a small call costs.
+any_autocast = torch._C._is_any_autocast_enabled  # quick, where the question for one device reads its name
+count_modes = torch._C._len_torch_dispatch_stack
+transform_level = torch._C._functorch.maybe_current_level
+
+
+def too_old() -> str | None:
+    """Return why this torch is too old for the compiled parts, or None."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST:
+        return None
+    return f"it needs torch {'.'.join(map(str, OLDEST))} or newer, and this is torch {torch.__version__}"
+
+
+def has_kernel(overload: Any, device: str) -> bool:
+    """Say whether an operator was implemented for a device: "CPU" or "CUDA"."""
+    return bool(overload.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, device)))
+
+
+def unwrapped(overload: Any) -> Any:
+    """Return the function within an operator's overload: one Python call less each time."""
+    return getattr(overload, "_op", overload)
+
+
+_NOTHING = contextlib.nullcontext()
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which products on the tensor's device keep their dtype."""
+    device = tensor.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING

@@ -1,0 +1,134 @@
+"""Which backend serves a call, and why the others do not.
+
+``BACKENDS`` is the one list of backends. An operator's implementation asks ``select`` at run time, so that
+``use_backend`` also reaches into compiled graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from torch import Tensor
+
+from protomem_kernels.backends import cpu, cuda, reference, triton
+from protomem_kernels.backends.operators import BATCH, FUNCTIONS, OPERATORS
+from protomem_kernels.backends.protocol import Backend, Kernel
+
+# In the order of preference; the reference serves every device and comes last.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
+}
+
+_IN_ORDER = tuple(BACKENDS)
+_TRITON_FIRST = tuple(sorted(BACKENDS, key=lambda name: name != "triton"))
+
+
+def preference(operator: str) -> tuple[str, ...]:
+    """Return the backends' names in the order in which they are asked to serve the operator.
+
+    Small operators want a quick launch, which CUDA C++ has; the others the newest tensor cores, which Triton uses.
+    """
+    return _IN_ORDER if OPERATORS.get(operator) == BATCH else _TRITON_FIRST
+
+
+_wanted: ContextVar[str | None] = ContextVar("protomem_backend", default=None)
+
+
+class Choice(NamedTuple):
+    """One line of ``explain``: a backend, whether it would serve the call, and why it would not (None: it could)."""
+
+    backend: str
+    chosen: bool
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.backend:<10} {'chosen' if self.chosen else self.reason or 'available'}"
+
+
+def explain(operator: str, *tensors: Tensor, architecture: int | None = None) -> list[Choice]:
+    """Say which backend would serve ``operator`` for ``tensors``, and for each other one why it would not.
+
+    Args:
+        operator: the name of a public operator such as ``"margin_softmax_loss"``.
+        tensors: the call's tensors; without any, only the installation is looked at.
+        architecture: a compute capability such as 90 for 9.0: what would serve tensors like these on such a GPU with
+            what is installed here, wherever they are and whether or not this machine has one.
+
+    Returns:
+        One ``Choice(backend, chosen, reason)`` per backend, in the order of preference for this operator.
+
+    Raises:
+        ValueError: there is no such operator.
+
+    >>> import torch
+    >>> with use_backend("reference"):
+    ...     print(explain("aggregate_prototypes", torch.zeros(2, 3))[-1])
+    reference  chosen
+    """
+    operator = FUNCTIONS.get(operator, operator)
+    if operator not in OPERATORS:
+        names = ", ".join(sorted({*OPERATORS, *FUNCTIONS}))
+        raise ValueError(f"operator must be one of {names}, got {operator!r}")
+    chosen, wanted, choices = False, _wanted.get(), []
+    for name in preference(operator):
+        backend = BACKENDS[name]
+        if architecture is None:
+            reason = backend.reason_against(operator, tensors)
+        else:
+            reason = backend.on_gpu(operator, tensors, architecture)
+        if reason is None and wanted is not None and backend.name != wanted:
+            reason = f"use_backend({wanted!r}) is in force"
+        choices.append(Choice(backend.name, reason is None and not chosen, reason))
+        chosen = chosen or reason is None
+    return choices
+
+
+def select(operator: str, tensors: Sequence[Tensor]) -> Kernel:
+    """Return the kernel that serves the call.
+
+    Raises:
+        RuntimeError: the backend asked for by ``use_backend`` cannot; the message lists every backend's reason.
+    """
+    wanted = _wanted.get()
+    for name in preference(operator) if wanted is None else (wanted,):
+        backend = BACKENDS[name]
+        if backend.unavailable() is not None:
+            if wanted is None:
+                backend.passed_over(tensors)
+            continue
+        kernel = backend.kernel(operator)
+        if kernel is not None and backend.refuses(operator, tensors) is None:
+            return kernel
+    listing = "\n  ".join(
+        f"{name:<10} {b.reason_against(operator, tensors) or 'could'}" for name, b in BACKENDS.items()
+    )
+    raise RuntimeError(f"backend {wanted!r} cannot serve {operator}:\n  {listing}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, have every operator served by one backend, or raise the list of reasons why it cannot.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the backend is not available here; raised on entry, or by the call that it cannot serve.
+
+    >>> with use_backend("reference"):
+    ...     pass
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if BACKENDS[name].unavailable() is not None:
+        listing = "\n  ".join(f"{other:<10} {b.unavailable() or 'available'}" for other, b in BACKENDS.items())
+        raise RuntimeError(f"backend {name!r} is not available:\n  {listing}")
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)

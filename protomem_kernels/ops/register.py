@@ -1,0 +1,99 @@
+"""Registration of an operator with PyTorch, once: schema, dispatching implementation, fake kernel, autograd.
+
+Everything else finds the operator by its name. Others register operators of their own the same way, with kernels for
+whichever backends they like (see CONTRIBUTING.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protomem_kernels._torch import any_autocast, without_autocast
+from protomem_kernels.backends.choice import BACKENDS, select
+from protomem_kernels.backends.operators import FUNCTIONS, MEMORY, OPERATORS
+from protomem_kernels.ops.call import DIRECT
+from protomem_kernels.ops.once import once_differentiable
+from protomem_kernels.ops.schemas import SCHEMAS
+
+LIBRARY = torch.library.Library("protomem", "DEF")
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Say whether a check may look at values: always on the CPU, elsewhere only under ``PROTOMEM_DEBUG=1``."""
+    return tensor.is_cpu or os.environ.get("PROTOMEM_DEBUG") == "1"
+
+
+def register(
+    name: str,
+    schema: str | None = None,
+    *,
+    fake: Callable[..., Any],
+    works_through: str = MEMORY,
+    check_values: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    kernels: Mapping[str, Callable[..., Any]] | None = None,
+) -> None:
+    """Register ``protomem::name`` with PyTorch.
+
+    Autocast is switched off inside: the accumulation dtype is part of the contract.
+
+    Args:
+        name: of the operator, and of its kernels in every backend.
+        schema: its arguments and results, as PyTorch spells them. Default: the one of this name in ``ops.schemas``.
+        fake: the fake kernel, which never reads data.
+        works_through: "batch", "chosen" or "memory" (``backends.operators``): which backends are asked first.
+        check_values: sees the arguments before any kernel does and raises on values that must not occur.
+        setup_context: of autograd, as ``torch.library.register_autograd`` takes it.
+        backward: likewise; its results can be differentiated no further.
+        kernels: by backend, kernels that its own files do not have.
+    """
+    LIBRARY.define(f"{name}{schema or SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    OPERATORS[name] = works_through
+    for backend, kernel in (kernels or {}).items():
+        BACKENDS[backend].add(name, kernel)
+
+    def serve(tensors: Sequence[Tensor], args: Sequence[Any]) -> Any:
+        if check_values is not None and values_can_be_read(tensors[0]):
+            check_values(*args)
+        kernel = select(name, tensors)
+        if not any_autocast():
+            return kernel(*args)
+        with without_autocast(tensors[0]):
+            return kernel(*args)
+
+    def implementation(*args: Any) -> Any:
+        return serve([arg for arg in args if isinstance(arg, Tensor)], args)
+
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"protomem::{name}", fake, lib=LIBRARY)
+    function = None
+    if backward is not None:
+        backward = once_differentiable(name, backward)
+        torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        function = _autograd_function(name, implementation, setup_context, backward)
+    DIRECT[name] = serve, function
+
+
+def register_function(name: str, around: str) -> None:
+    """Let ``explain`` know a public function that is a few vector operations around one operator."""
+    FUNCTIONS[name] = around
+
+
+def _autograd_function(
+    name: str,
+    implementation: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    members = {
+        "forward": staticmethod(implementation),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward),
+    }
+    return type(name, (torch.autograd.Function,), members)

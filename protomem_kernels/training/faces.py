@@ -1,0 +1,87 @@
+"""The images of a run: which identities train, which are never seen until the end, and batches of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from protomem_kernels.data.images import DatasetError, ImageDataset, image_folder, orl_faces, split_by_fold
+from protomem_kernels.data.sampling import IdentityBatchSampler
+from protomem_kernels.training.config import TrainConfig
+from protomem_kernels.training.errors import RunError
+
+FOLDS, INNER_FOLDS = 4, 3
+IN_MEMORY = 1 << 30  # bytes; a data set up to this size is read once, a larger one again and again
+EMBED_BATCH = 256  # images
+
+
+class Faces:
+    """Two disjoint sets of identities of one data set, ``train`` and ``unseen``.
+
+    Images are uint8 files on disk and (B, C, H, W) float32 in [0, 1] in every batch. A data set that fits is kept in
+    memory, so a file that cannot be read is found before the run starts; a larger one is read by ``config.workers``.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        if config.data:
+            dataset = image_folder(config.data, image_size=config.image_size, mode="RGB")
+        else:
+            dataset = orl_faces(image_size=config.image_size)
+        people = len(dataset.identities)
+        if people // FOLDS < 2:
+            raise RunError(
+                f"{config.data} has {people} identities; at least {2 * FOLDS} are needed to keep a quarter of them, "
+                "and no fewer than two, for verification"
+            )
+        self.source = config.data or "ORL faces"
+        self.train, self.unseen = split_by_fold(dataset, config.fold, FOLDS)
+        if config.inner_fold >= 0:  # the fold's own people take no part at all
+            self.train, self.unseen = split_by_fold(self.train, config.inner_fold, INNER_FOLDS)
+        self.channels = 1 if dataset.mode == "L" else 3
+        self.workers = config.workers
+        self.image_size = height, width = config.image_size
+        fits = len(dataset) * self.channels * height * width <= IN_MEMORY
+        self._train_images = self.train.load_all() if fits else None
+        self._unseen_images = self.unseen.load_all() if fits else None
+
+    @property
+    def summary(self) -> str:
+        """One phrase on what trains and what verifies."""
+        train, unseen = len(self.train.identities), len(self.unseen.identities)
+        return f"{self.source}, {train} people train ({len(self.train)} images), {unseen} unseen ones verify"
+
+    def sampler(self, config: TrainConfig) -> IdentityBatchSampler:
+        """Return the batch sampler over the training images."""
+        return IdentityBatchSampler(
+            self.train.labels,
+            config.identities_per_batch,
+            config.images_per_identity,
+            seed=config.seed,
+            num_replicas=1,
+            rank=0,
+        )
+
+    def train_batches(self, order: Iterable[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and (B,) int64 labels for each list of positions in the training set."""
+        return self._batches(self.train, self._train_images, order)
+
+    def unseen_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images of the unseen identities once, in order."""
+        order = BatchSampler(range(len(self.unseen)), EMBED_BATCH, drop_last=False)
+        return self._batches(self.unseen, self._unseen_images, order)
+
+    def _batches(
+        self, dataset: ImageDataset, images: Tensor | None, order: Iterable[list[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if images is not None:
+            for batch in order:
+                yield images[batch].float() / 255, dataset.labels[batch]
+            return
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.workers)
+        try:
+            for pixels, labels in loader:
+                yield pixels.float() / 255, labels
+        except DatasetError as error:  # from a worker it comes with the worker's traceback; its own line is the last
+            raise DatasetError(str(error).strip().splitlines()[-1]) from error

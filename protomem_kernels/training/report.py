@@ -1,0 +1,113 @@
+"""The end of a run: embed the unseen people, measure, and write ``metrics.json`` and the two pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from protomem_kernels import __version__
+from protomem_kernels.data.images import ImageDataset
+from protomem_kernels.training import runs
+from protomem_kernels.training.augmentation import standardise
+from protomem_kernels.training.config import TrainConfig
+from protomem_kernels.training.embedding import embed
+from protomem_kernels.training.faces import Faces
+from protomem_kernels.training.files import written_whole
+from protomem_kernels.training.pictures import Curve, Pair, draw_pairs, draw_roc
+from protomem_kernels.training.steps import Training
+
+if TYPE_CHECKING:
+    from protomem_kernels.data.evaluation import VerificationResult
+
+PAIRS_SHOWN = 8
+PICTURE_HEIGHT = 168  # pixels; more than the encoder sees, for the human eye
+
+
+def report(folder: Path, config: TrainConfig, faces: Faces, training: Training, *, seconds: float) -> dict[str, Any]:
+    """Measure the averaged encoder on the unseen identities, write the run's files, and return the metrics.
+
+    Two baselines take the encoder's input itself, standardised pixels, as the embedding, under the same protocol: the
+    images as they are (``baseline_raw_pixels``), and the mean of the same ten views that the encoder gets
+    (``baseline_ten_views``), which shows how much of the gain is learned.
+    """
+    from protomem_kernels.data.evaluation import evaluate, hardest_pairs
+
+    labels = faces.unseen.labels
+    embeddings = embed(training.average, (images for images, _ in faces.unseen_batches()), training.device)
+    pixels = torch.cat([standardise(images).flatten(1) for images, _ in faces.unseen_batches()])
+    viewed = embed(nn.Flatten(), (images for images, _ in faces.unseen_batches()), torch.device("cpu"))
+    ours, baseline, ten_views = (evaluate(rows, labels, config.seed) for rows in (embeddings, pixels, viewed))
+
+    metrics = {
+        "verification_accuracy": ours.verification_accuracy,
+        "verification_accuracy_std": ours.verification_accuracy_std,
+        "baseline_raw_pixels": baseline.verification_accuracy,
+        "gain": ours.verification_accuracy - baseline.verification_accuracy,
+        **_rates(ours, ""),
+        **_rates(baseline, "baseline_"),
+        "baseline_ten_views": ten_views.verification_accuracy,
+        "baseline_ten_views_auc": ten_views.auc,
+        "genuine_pairs": ours.genuine_pairs,
+        "impostor_pairs": ours.impostor_pairs,
+        "train_identities": len(faces.train.identities),
+        "unseen_identities": len(faces.unseen.identities),
+        "data": faces.source,
+        "fold": config.fold,
+        "inner_fold": config.inner_fold,
+        "seed": config.seed,
+        "steps": training.step,
+        "parameters": sum(p.numel() for p in training.encoder.parameters()),
+        "device": str(training.device),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 2),
+        "versions": {"protomem_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+    subtitle = f"{faces.source}, {metrics['unseen_identities']} people never trained on, {training.step} steps"
+    draw_roc(
+        folder / runs.ROC,
+        Curve("Prototype Memory", ours.roc.far, ours.roc.tar, ours.verification_accuracy, ours.auc),
+        Curve(
+            "raw pixels, ten views",
+            ten_views.roc.far,
+            ten_views.roc.tar,
+            ten_views.verification_accuracy,
+            ten_views.auc,
+        ),
+        Curve("raw pixels", baseline.roc.far, baseline.roc.tar, baseline.verification_accuracy, baseline.auc),
+        subtitle=subtitle,
+    )
+    hardest = hardest_pairs(embeddings, labels, PAIRS_SHOWN)
+    draw_pairs(
+        folder / runs.PAIRS,
+        [_pair(faces, *pair) for pair in hardest.false_accepts],
+        [_pair(faces, *pair) for pair in hardest.false_rejects],
+        subtitle,
+    )
+    with written_whole(folder / runs.METRICS) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
+
+
+def _rates(result: VerificationResult, prefix: str) -> dict[str, float]:
+    return {
+        f"{prefix}tar_at_far_1e-2": result.tar_at_far_1e_2,
+        f"{prefix}tar_at_far_1e-3": result.tar_at_far_1e_3,
+        f"{prefix}rank1": result.rank1,
+        f"{prefix}auc": result.auc,
+    }
+
+
+def _pair(faces: Faces, first: int, second: int, cosine: float) -> Pair:
+    """Return a pair of unseen images with what stands below them."""
+    paths = [faces.unseen.paths[index] for index in (first, second)]
+    names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    height, width = faces.image_size
+    size = (PICTURE_HEIGHT, max(1, PICTURE_HEIGHT * width // height))
+    shown = ImageDataset(paths, [0, 1], names, image_size=size, mode=faces.unseen.mode)
+    return Pair(shown[0][0], shown[1][0], (names[0], names[1]), cosine)

@@ -1,0 +1,77 @@
+"""Run folders: ``runs/<name>/`` holds one run's configuration, checkpoint, events, figures and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from protomem_kernels.training.config import TrainConfig, config_from, read_toml
+from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.files import written_whole
+
+CONFIG, CHECKPOINT, METRICS, ROC, PAIRS = "config.toml", "checkpoint.pt", "metrics.json", "roc.png", "hardest_pairs.png"
+
+# What a resumed run may do otherwise without becoming another experiment. A different device or number of threads
+# rounds differently, so the figures then agree to rounding only.
+FREE_ON_RESUME = frozenset({"name", "runs_dir", "device", "threads", "workers", "checkpoint_every"})
+
+
+def start_run(config: TrainConfig) -> Path:
+    """Make a fresh folder, ``<name>`` or the first free ``<name>-2``, ``<name>-3`` ..., and write the configuration.
+
+    No earlier run is ever touched.
+    """
+    name = config.run_name
+    if not name or Path(name).name != name or name == "..":
+        raise RunError(f"name must be a plain folder name, got {name!r}")
+    try:
+        Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = Path(config.runs_dir) / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            break
+    except OSError as error:
+        raise RunError(f"cannot write to the runs folder {config.runs_dir}: {error.strerror or error}") from error
+    try:
+        write_config(folder, config)
+    except BaseException:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write ``config.toml``, from which the run can be repeated with ``--config`` or resumed."""
+    with written_whole(folder / CONFIG) as temporary:
+        temporary.write_text(f"# protomem train --config {folder / CONFIG}\n{config.as_toml()}", encoding="utf-8")
+
+
+def reopen_run(config: TrainConfig, given: dict[str, Any]) -> tuple[Path, TrainConfig]:
+    """Return the newest run of the configuration's name, and its own configuration.
+
+    Args:
+        config: says which run (``runs_dir``, ``run_name``).
+        given: the values that the user wrote, in a TOML file or as flags; one that contradicts the run is an error.
+
+    """
+    name = config.run_name
+    mine = re.compile(re.escape(name) + r"(-\d+)?")
+    started = [file for file in Path(config.runs_dir).glob(f"*/{CONFIG}") if mine.fullmatch(file.parent.name)]
+    if not started:
+        raise RunError(f"nothing to resume: there is no run {name!r} in {config.runs_dir}")
+    file = max(started, key=lambda file: (file.stat().st_mtime_ns, file))
+    folder, saved = file.parent, config_from(read_toml(file), str(file)).as_dict()
+    asked = config.as_dict()
+    for key in sorted(set(given) - FREE_ON_RESUME):
+        if asked[key] != saved[key]:
+            raise RunError(
+                f"{folder} was started with {key} = {saved[key]!r} and cannot go on with {asked[key]!r}; "
+                "leave the option out, or start a new run without --resume"
+            )
+    changed = {key: asked[key] for key in FREE_ON_RESUME & set(given) - {"name", "runs_dir"}}
+    return folder, config_from({**saved, **changed}, str(file))

@@ -1,0 +1,126 @@
+"""Training steps: each is a function of the seed, the step's number and the state that a checkpoint holds.
+
+Nothing random carries over from one step to the next (batches, augmentation and dropout are seeded by the step's
+number), so a run that is killed and resumed from its last checkpoint computes what the undisturbed run computes, bit
+for bit on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from protomem_kernels.losses import PrototypeMemoryLoss
+from protomem_kernels.training.augmentation import augment
+from protomem_kernels.training.config import TrainConfig
+from protomem_kernels.training.encoders import build_encoder
+from protomem_kernels.training.heads import build_loss
+
+
+class Step(NamedTuple):
+    """What one step has to say."""
+
+    number: int  # steps done, from 1
+    loss: float
+    learning_rate: float
+    occupancy: float  # share of the memory's slots in use
+    gradient_norm: float
+
+
+def stream(seed: int, purpose: str, step: int = 0) -> int:
+    """Return a 32-bit seed of its own for each (seed, purpose, step): PyTorch's CPU generator uses no more bits."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4).digest(), "little")
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Return the rate of a step (from 0): linear warm-up over the first twentieth, then a cosine down to zero."""
+    warm_up = max(1, config.steps // 20)
+    return config.learning_rate * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+class Training:
+    """The encoder, its moving average, the loss with its memory and the optimiser, moved one step at a time."""
+
+    def __init__(self, config: TrainConfig, *, channels: int, identities: int, device: torch.device) -> None:
+        torch.manual_seed(stream(config.seed, "initialisation"))
+        self.config, self.device, self.step = config, device, 0
+        self.encoder = build_encoder(
+            config.encoder,
+            channels=channels,
+            image_size=config.image_size,
+            embedding_dim=config.embedding_dim,
+            width=config.width,
+            dropout=config.dropout,
+        ).to(device)
+        self.loss: PrototypeMemoryLoss = build_loss(config, identities).to(device)
+        decay = get_ema_multi_avg_fn(config.averaging)
+        self.average = AveragedModel(self.encoder, multi_avg_fn=decay, use_buffers=True).eval()
+        weights = [p for p in self.encoder.parameters() if p.ndim > 1]
+        others = [p for p in self.encoder.parameters() if p.ndim <= 1] + list(self.loss.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+        )
+        if config.prototype_gradient == "memory":
+            self.loss.attach_optimizer(self.optimizer)
+        # Half precision on a GPU only: bfloat16 where the GPU has it, else float16 with a scaled loss.
+        half = device.type == "cuda"
+        brain = half and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype = torch.bfloat16 if brain else torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half and not brain)
+
+    def advance(self, images: Tensor, labels: Tensor) -> Step:
+        """Take one step on (B, C, H, W) float32 images in [0, 1] with (B,) int64 labels."""
+        config = self.config
+        torch.manual_seed(stream(config.seed, "step", self.step))
+        generator = torch.Generator().manual_seed(stream(config.seed, "augmentation", self.step))
+        rate = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        labels = labels.to(self.device)
+        images = augment(images.to(self.device), generator, config.augmentation)
+        self.encoder.train()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
+            embeddings = self.encoder(images)
+        loss = self.loss(embeddings.float(), labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), 5.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.average.update_parameters(self.encoder)
+        self.step += 1
+        return Step(self.step, loss.item(), rate, self.occupancy, norm.item())
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the memory's slots in use."""
+        return len(self.loss.memory) / self.loss.memory.capacity
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, for a checkpoint."""
+        return {
+            "step": self.step,
+            "encoder": self.encoder.state_dict(),
+            "average": self.average.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state`` returned."""
+        self.encoder.load_state_dict(state["encoder"])
+        self.average.load_state_dict(state["average"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]

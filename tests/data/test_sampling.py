@@ -1,0 +1,360 @@
+"""The samplers against the promises of their docstrings, counted in plain Python."""
+
+import subprocess
+import sys
+from collections import Counter
+from math import ceil
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from protomem_kernels import PrototypeMemory
+from protomem_kernels.data.sampling import DoppelgangerBatchSampler, IdentityBatchSampler
+
+
+class RingMemory:
+    """A fake memory: the neighbours of identity c are c + 1, c + 2, ... on a ring; some identities are not known."""
+
+    def __init__(self, size: int, unknown: frozenset[int] = frozenset()):
+        self.size, self.unknown = size, unknown
+        self.calls: list[list[int]] = []
+
+    def doppelgangers(self, labels, k):
+        self.calls.append(labels.tolist())
+        identities = (labels[:, None] + 1 + torch.arange(k)) % self.size
+        known = torch.tensor([label not in self.unknown for label in labels.tolist()])
+        return torch.ones(len(labels), k), torch.where(known[:, None], identities, -1)
+
+
+class RandomMemory:
+    """Neighbours at random, also unknown ones, foreign ones and the identity itself: whatever may come."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def doppelgangers(self, labels, k):
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.zeros(len(labels), k), torch.randint(-1, 12, (len(labels), k), generator=generator)
+
+
+def groups_of(batch: list[int], k: int) -> list[tuple[int, ...]]:
+    assert len(batch) % k == 0
+    return [tuple(batch[start : start + k]) for start in range(0, len(batch), k)]
+
+
+samplers = st.fixed_dictionaries(
+    {
+        "labels": st.lists(st.integers(-1, 8), min_size=1, max_size=80).filter(lambda labels: max(labels) >= 0),
+        "identities_per_batch": st.integers(1, 7),
+        "images_per_identity": st.integers(1, 4),
+        "seed": st.integers(0, 2**40),
+        "num_replicas": st.integers(1, 4),
+        "doppelgangers": st.booleans(),
+    }
+)
+
+
+def build(options: dict, **more) -> list:
+    options = {**options, **more}
+    kind = IdentityBatchSampler
+    if options.pop("doppelgangers"):
+        kind, options["memory"] = DoppelgangerBatchSampler, RandomMemory(options["seed"] % 2**31)
+    return [kind(rank=rank, **options) for rank in range(options["num_replicas"])]
+
+
+@settings(deadline=None, max_examples=60)
+@given(samplers, st.integers(0, 5))
+def test_an_epoch_walks_every_image_in_equal_batches_of_distinct_identities(options, epoch):
+    labels, k, ranks = options["labels"], options["images_per_identity"], options["num_replicas"]
+    images = Counter(label for label in labels if label >= 0)
+    group_total = sum(ceil(count / k) for count in images.values())
+    wanted = min(options["identities_per_batch"], len(images))
+
+    per_rank = []
+    for sampler in build(options):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == ceil(group_total / (wanted * ranks))
+        per_rank.append(batches)
+    batches = [batch for rank in per_rank for batch in rank]
+    groups = [group for batch in batches for group in groups_of(batch, k)]
+
+    # Every image at least once, none without an identity.
+    assert {index for group in groups for index in group} == {i for i, label in enumerate(labels) if label >= 0}
+    # Each group shows one identity; each identity has the fewest groups that hold its images; no group goes out twice
+    # unless the ranks outnumber the groups.
+    assert all(len({labels[index] for index in group}) == 1 for group in groups)
+    if group_total >= len(batches):
+        assert Counter(labels[group[0]] for group in groups) == {c: ceil(n / k) for c, n in images.items()}
+        # Images are used once, but for those that top up the last group: fewer than k per identity.
+        used = Counter(index for group in groups for index in group)
+        for identity, count in images.items():
+            extra = sum(used[index] - 1 for index in range(len(labels)) if labels[index] == identity)
+            assert extra == ceil(count / k) * k - count
+    else:
+        assert len(groups) == len(batches)
+    # No repeats in a group where the identity has enough images, even repeats where it has not.
+    for group in groups:
+        have = images[labels[group[0]]]
+        assert len(set(group)) == min(k, have)
+        assert max(Counter(group).values()) == ceil(k / min(k, have))
+    # Equal sizes to within one group, never too large.
+    sizes = [len(batch) // k for batch in batches]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= wanted
+    # Distinct identities in a batch as long as no identity has more groups than there are batches.
+    counts = Counter(labels[group[0]] for group in groups)
+    if max(counts.values()) <= len(batches):
+        for batch in batches:
+            assert max(Counter(labels[group[0]] for group in groups_of(batch, k)).values()) == 1
+    # And where one has, it stands in all of them.
+    for identity, count in counts.items():
+        if count >= len(batches):
+            assert all(identity in {labels[index] for index in batch} for batch in batches)
+
+
+@settings(deadline=None, max_examples=40)
+@given(samplers)
+def test_drop_last_leaves_only_full_batches(options):
+    labels, k = options["labels"], options["images_per_identity"]
+    images = Counter(label for label in labels if label >= 0)
+    wanted = min(options["identities_per_batch"], len(images))
+    group_total = sum(ceil(count / k) for count in images.values())
+
+    built = build(options, drop_last=True)
+    batches = [batch for sampler in built for batch in sampler]
+    assert {len(sampler) for sampler in built} == {group_total // (wanted * len(built))}
+    assert len(batches) == len(built) * len(built[0])
+    assert all(len(batch) == wanted * k for batch in batches)
+    groups = Counter(labels[group[0]] for batch in batches for group in groups_of(batch, k))
+    assert all(count <= ceil(images[identity] / k) for identity, count in groups.items())
+
+
+@settings(deadline=None, max_examples=20)
+@given(samplers, st.integers(0, 1000))
+def test_an_epoch_is_a_function_of_seed_and_epoch(options, epoch):
+    first, second = build(options)[0], build(options)[0]
+    for _ in range(2):
+        first.set_epoch(epoch)
+        second.set_epoch(epoch)
+        once = list(first)
+        assert once == list(first) == list(second)
+        epoch += 1
+
+
+@pytest.mark.parametrize("doppelgangers", [False, True])
+def test_epochs_and_seeds_differ(doppelgangers):
+    options = {
+        "labels": torch.arange(30).repeat_interleave(10).tolist(),
+        "identities_per_batch": 8,
+        "images_per_identity": 4,
+        "num_replicas": 1,
+        "doppelgangers": doppelgangers,
+    }
+    seen = set()
+    for seed in range(3):
+        (sampler,) = build({**options, "seed": seed})
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            seen.add(str(list(sampler)))
+    assert len(seen) == 9
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(IdentityBatchSampler([0, 0, 1, 1], 2, 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_batches_mix_all_pairs_of_identities():
+    sampler = IdentityBatchSampler(torch.arange(12).repeat_interleave(8), 4, 2)
+    met = Counter()
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        for batch in sampler:
+            present = sorted({index // 8 for index in batch})
+            met.update((a, b) for a in present for b in present if a < b)
+    assert len(met) == 12 * 11 / 2
+    assert max(met.values()) < 2 * min(met.values())
+
+
+def test_a_batch_holds_anchors_and_their_neighbours():
+    memory = RingMemory(40)
+    sampler = DoppelgangerBatchSampler(torch.arange(40).repeat_interleave(4), memory, 4, 4, neighbours=3)
+    first = next(iter(sampler))
+    present = sorted({index // 4 for index in first})
+    runs = [[(start + step) % 40 for step in range(4)] for start in present]
+    assert any(sorted(run) == present for run in runs)
+
+
+def test_a_prototype_memory_brings_look_alikes_together():
+    torch.manual_seed(0)
+    twins = torch.nn.functional.normalize(torch.randn(20, 8)).repeat_interleave(2, dim=0)  # 2 c and 2 c + 1 look alike
+    identities = torch.arange(40) * 1000
+    memory = PrototypeMemory(64, 8)
+    sampler = DoppelgangerBatchSampler(identities.repeat_interleave(3), memory, 8, 3, neighbours=1)
+    assert len(list(sampler)) == 5  # nothing in the memory yet
+    memory.update(twins + 0.01 * torch.randn(40, 8), identities)
+    for batch in sampler:
+        present = {index // 3 for index in batch}
+        assert present == {identity ^ 1 for identity in present}
+
+
+def test_neighbours_meet_far_more_often_than_at_random():
+    labels = torch.arange(60).repeat_interleave(12)
+
+    def meetings(sampler) -> float:
+        found = []
+        for batch in sampler:
+            present = {int(labels[index]) for index in batch}
+            found.append(sum((c + 1) % 60 in present for c in present) / len(present))
+        return sum(found) / len(found)
+
+    hard = meetings(DoppelgangerBatchSampler(labels, RingMemory(60), 8, 3, neighbours=1))
+    random = meetings(IdentityBatchSampler(labels, 8, 3))
+    assert random < 0.25
+    assert hard > 0.45  # with pairs, every second identity has its neighbour beside it
+
+
+def test_an_identity_outside_the_memory_is_filled_up_at_random_and_still_walked():
+    labels = torch.arange(10).repeat_interleave(2)
+    memory = RingMemory(10, unknown=frozenset(range(10)))
+    batches = list(DoppelgangerBatchSampler(labels, memory, 5, 2))
+    assert batches == list(IdentityBatchSampler(labels, 5, 2))
+
+
+def test_labels_are_looked_up_once_each_and_anew_each_epoch(monkeypatch):
+    monkeypatch.setattr("protomem_kernels.data.sampling._LOOKUP_CHUNK", 2)
+    memory = RingMemory(1000)
+    labels = [907, 5, -3, 5, 30, 907, 30]
+    sampler = DoppelgangerBatchSampler(labels, memory, 2, 2)
+    assert memory.calls == []
+    list(sampler)
+    assert memory.calls == [[5, 30], [907]]
+    list(sampler)
+    assert memory.calls == [[5, 30], [907]] * 2
+    sampler.refresh()
+    assert len(memory.calls) == 6
+
+
+def test_labels_may_be_as_large_as_int64():
+    top = 2**63 - 1
+    sampler = IdentityBatchSampler([top, 0, top, 0], 2, 2)
+    assert sorted(next(iter(sampler))) == [0, 1, 2, 3]
+
+
+def test_the_memory_is_asked_on_its_own_device_and_without_gradient():
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("prototypes", torch.zeros(2, device="meta"))
+
+        def doppelgangers(self, labels, k):
+            assert labels.device.type == "meta"
+            assert not torch.is_grad_enabled()
+            return torch.zeros(4, k), torch.full((4, k), -1)
+
+    sampler = DoppelgangerBatchSampler([0, 1, 2, 3], Module(), 2, 1)
+    assert len(list(sampler)) == 2
+
+
+def test_a_data_loader_takes_it():
+    labels = torch.arange(6).repeat_interleave(3)
+    sampler = IdentityBatchSampler(labels, 2, 3)
+    for batch in DataLoader(list(labels), batch_sampler=sampler):
+        assert batch.unique(return_counts=True)[1].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": [0.5, 1.0]}, TypeError, "labels must be integers, got torch.float32"),
+        ({"labels": [True, False]}, TypeError, "labels must be integers, got torch.bool"),
+        ({"labels": [[0, 1]]}, ValueError, r"labels must have shape \(N,\), got \(1, 2\)"),
+        ({"labels": [-1, -1]}, ValueError, "labels must hold at least one identity .* got none in 2 labels"),
+        ({"identities_per_batch": 0}, ValueError, "identities_per_batch must be at least 1, got 0"),
+        ({"images_per_identity": -2}, ValueError, "images_per_identity must be at least 1, got -2"),
+        ({"num_replicas": 0}, ValueError, "num_replicas must be at least 1, got 0"),
+        ({"num_replicas": 2, "rank": 2}, ValueError, r"rank must be in \[0, 2\) for num_replicas = 2, got 2"),
+        ({"rank": -1}, ValueError, r"rank must be in \[0, 1\)"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    options = {"labels": [0, 0, 1, 1], "identities_per_batch": 2, "images_per_identity": 2, **change}
+    with pytest.raises(error, match=message):
+        IdentityBatchSampler(**options)
+
+
+def test_bad_neighbours_and_a_bad_memory():
+    with pytest.raises(ValueError, match="neighbours must be at least 1, got 0"):
+        DoppelgangerBatchSampler([0, 1], RingMemory(2), 2, 1, neighbours=0)
+
+    class Flat:
+        def doppelgangers(self, labels, k):
+            return torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.int64)
+
+    message = r"memory.doppelgangers must return identities of shape \(2, k\), got \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        list(DoppelgangerBatchSampler([0, 1], Flat(), 2, 1))
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from protomem_kernels.data.sampling import DoppelgangerBatchSampler
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+
+class Disagreeing:  # each rank would see other neighbours
+    def doppelgangers(self, labels, k):
+        return torch.zeros(len(labels), k), (labels[:, None] + 1 + rank + torch.arange(k)) % 20
+
+sampler = DoppelgangerBatchSampler(torch.arange(20).repeat_interleave(4), Disagreeing(), 5, 2)
+assert (sampler.rank, sampler.num_replicas, len(sampler)) == (rank, 2, 4)
+mine = [None, None]
+dist.all_gather_object(mine, list(sampler))
+images = [index for batches in mine for batch in batches for index in batch]
+assert sorted(images) == list(range(80)), images
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_two_ranks_share_an_epoch_even_if_their_memories_disagree(tmp_path):
+    command = [sys.executable, "-c", TWO_RANKS]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        try:
+            _, errors = rank.communicate(timeout=120)
+        finally:
+            rank.kill()
+        assert rank.returncode == 0, errors
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_identity_with_more_groups_than_batches_stands_in_all_of_them(seed):
+    sampler = IdentityBatchSampler([0, 0, 0, 0, 1], 2, 1, seed=seed)  # 5 groups in 3 batches
+    batches = list(sampler)
+    assert sorted(map(len, batches)) == [1, 2, 2]
+    assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3, 4]
+    assert all(set(batch) - {4} for batch in batches)
+
+
+def test_skewed_identities_take_linear_time():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(100_000, generator=generator) ** 6 * 20_000).long()  # identity 0 has a fifth of all images
+
+    class Memory:
+        def doppelgangers(self, labels, k):
+            return torch.zeros(len(labels), k), (labels[:, None] + torch.arange(1, k + 1)) % 20_000
+
+    batches = list(DoppelgangerBatchSampler(labels, Memory(), 64, 2))
+    assert torch.equal(torch.tensor([i for batch in batches for i in batch]).unique(), torch.arange(100_000))

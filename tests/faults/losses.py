@@ -1,0 +1,43 @@
+"""Faults in ``losses``."""
+
+from tests.faults.fault import Fault
+
+T_LOSSES = "tests/test_losses.py"
+
+FAULTS = [
+    Fault(
+        "eval writes",
+        "losses.py",
+        "if self.training else self._read(embeddings, labels)",
+        "if True else self._read(embeddings, labels)",
+        T_LOSSES,
+    ),
+    Fault(
+        "fresh rows stay in the memory too",
+        "losses.py",
+        "self.memory.occupied & ~written",
+        "self.memory.occupied",
+        T_LOSSES,
+    ),
+    Fault(
+        "momentum survives a change of identity",
+        "losses.py",
+        "value.masked_fill_(mask, 0)",
+        "pass",
+        f"{T_LOSSES}::test_the_optimiser_steps_rows_that_stay_of_unit_length",
+    ),
+    Fault(
+        "broken embeddings hidden",
+        "losses.py",
+        "return torch.where(broken, 0, targets)",
+        "return targets",
+        f"{T_LOSSES}::test_a_non_finite_embedding_shows_in_its_own_loss_alone",
+    ),
+    Fault(
+        "rows not of unit length after a step",
+        "losses.py",
+        "optimizer.register_step_post_hook(",
+        "(",
+        f"{T_LOSSES}::test_the_optimiser_steps_rows_that_stay_of_unit_length",
+    ),
+]

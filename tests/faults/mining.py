@@ -1,0 +1,16 @@
+"""Faults in ``mining``."""
+
+from tests.faults.fault import Fault
+
+T_MINING = "tests/test_mining.py"
+
+FAULTS = [
+    Fault("CurricularFace's t not updated", "mining.py", "self._update(cosine, counts)", "pass", T_MINING),
+    Fault(
+        "easy samples kept",
+        "mining.py",
+        "argsort(descending=True, stable=True)",
+        "argsort(descending=False, stable=True)",
+        T_MINING,
+    ),
+]

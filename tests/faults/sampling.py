@@ -1,0 +1,15 @@
+"""Faults in ``sampling``."""
+
+from tests.faults.fault import Fault
+
+T_SAMPLING = "tests/data/test_sampling.py"
+
+FAULTS = [
+    Fault(
+        "groups not shuffled over epochs",
+        "data/sampling.py",
+        "shuffle = torch.randperm(len(catalogue.images), generator=generator)",
+        "shuffle = torch.arange(len(catalogue.images))",
+        T_SAMPLING,
+    ),
+]

@@ -1,0 +1,65 @@
+"""Encoders: our own at any size, and timm's."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from protomem_kernels.training import encoders
+from tests.training.running import assert_refused, figures, train
+
+
+@pytest.mark.parametrize("name", ["residual", "residual-pooled"])
+@pytest.mark.parametrize("size", [(56, 46), (17, 9), (8, 8)])
+def test_the_residual_encoder_takes_any_size(size, name):
+    torch.manual_seed(0)
+    encoder = encoders.build_encoder(name, channels=3, image_size=size, embedding_dim=10, width=4, dropout=0.1)
+    embeddings = encoder(torch.randn(5, 3, *size))
+    assert embeddings.shape == (5, 10)
+    embeddings.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+class FakeBackbone(nn.Module):
+    def __init__(self, size=4):
+        super().__init__()
+        self.num_features = 6
+        self.layer = nn.Conv2d(3, 6, size)
+
+    def forward(self, images):
+        return self.layer(images).mean((2, 3))
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    asked = []
+
+    def create_model(name, **options):
+        asked.append((name, options))
+        if name == "unheard":
+            raise RuntimeError("Unknown model (unheard)")
+        return FakeBackbone(99 if name == "fixed" else 4)
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    return asked
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_timm_encoder(timm, channels):
+    encoder = encoders.build_encoder("resnet18", channels=channels, image_size=(16, 12), embedding_dim=5)
+    assert timm == [("resnet18", {"num_classes": 0})]
+    assert encoder(torch.randn(4, channels, 16, 12)).shape == (4, 5)
+
+
+def test_a_run_with_a_timm_encoder(tiny, tmp_path, timm):
+    assert train(tiny, "--encoder", "resnet18", "--name", "timm").exit_code == 0
+    assert figures(tmp_path / "runs" / "timm")["parameters"] == 3 * 6 * 16 + 6 + 6 * 8 + 16
+
+
+def test_timm_errors(tiny, timm, monkeypatch):
+    assert_refused(train(tiny, "--encoder", "unheard"), "timm cannot create", "Unknown model")
+    assert_refused(train(tiny, "--encoder", "fixed"), "'fixed' cannot take images of 16 x 12")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert_refused(train(tiny, "--encoder", "resnet18"), "timm cannot be imported", "protomem-kernels[timm]")

@@ -1,0 +1,90 @@
+"""The images of a run: who trains and who verifies, and data that is no good."""
+
+import pytest
+import torch
+from PIL import Image
+
+from protomem_kernels.training import faces
+from protomem_kernels.training.config import TrainConfig
+from tests.training.running import assert_refused, figures, train
+
+
+def test_inner_folds_leave_the_fold_alone():
+    outer = faces.Faces(TrainConfig(fold=1))
+    inner = [faces.Faces(TrainConfig(fold=1, inner_fold=number)) for number in range(3)]
+    assert torch.cat([split.unseen.identities for split in inner]).equal(outer.train.identities)
+    for split in inner:
+        everyone = torch.cat((split.train.identities, split.unseen.identities))
+        assert everyone.sort().values.equal(outer.train.identities)
+
+
+def test_a_folder_too_large_for_memory_trains_the_same(tiny, tmp_path, monkeypatch):
+    assert train(tiny, "--name", "memory").exit_code == 0
+    monkeypatch.setattr(faces, "IN_MEMORY", 0)
+    assert train(tiny, "--name", "disk").exit_code == 0
+    assert figures(tmp_path / "runs" / "disk") == figures(tmp_path / "runs" / "memory")
+
+
+def write_images(root, counts, size=(15, 20)):
+    for person, count in enumerate(counts):
+        (root / f"p{person}").mkdir(parents=True)
+        for image in range(count):
+            Image.new("RGB", size, (person * 20, image * 40, 7)).save(root / f"p{person}" / f"{image}.png")
+
+
+def broken_nowhere(root):
+    pass
+
+
+def broken_a_file(root):
+    root.write_text("no folder")
+
+
+def broken_empty(root):
+    root.mkdir()
+
+
+def broken_no_images(root):
+    (root / "ann").mkdir(parents=True)
+    (root / "ann" / "readme.txt").write_text("no image")
+
+
+def broken_single_image(root):
+    write_images(root, [3] * 7 + [1])
+
+
+def broken_too_few(root):
+    write_images(root, [3] * 7)
+
+
+def broken_image(root):
+    write_images(root, [3] * 8)
+    (root / "p5" / "1.png").write_bytes(b"\x89PNG but not quite")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (broken_nowhere, "expected a folder"),
+        (broken_a_file, "expected a folder"),
+        (broken_empty, "sub-folder"),
+        (broken_no_images, "expected images"),
+        (broken_single_image, "at least two images"),
+        (broken_too_few, "has 7 identities; at least 8"),
+        (broken_image, "1.png"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_written(tiny, tmp_path, spoil, expected):
+    root = tmp_path / "data"
+    spoil(root)
+    assert_refused(train(tiny, "--data", root), expected, "data")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_while_training(tiny, tmp_path, monkeypatch, workers):
+    root = tmp_path / "data"
+    broken_image(root)
+    monkeypatch.setattr(faces, "IN_MEMORY", 0)
+    result = train(tiny, "--data", root, "--workers", workers, "--steps", 30)
+    assert_refused(result, "1.png", "expected a readable image")

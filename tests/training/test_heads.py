@@ -1,0 +1,17 @@
+"""The loss of a configuration."""
+
+import pytest
+
+from protomem_kernels.training import heads
+from protomem_kernels.training.config import TrainConfig
+from tests.training.running import assert_refused, train
+
+
+@pytest.mark.parametrize("table", ["MARGINS", "MINING", "QUALITY"])
+def test_every_choice_has_its_builder(table):
+    field = {"MARGINS": "margin", "MINING": "mining", "QUALITY": "quality"}[table]
+    assert tuple(getattr(heads, table)) == TrainConfig.__dataclass_fields__[field].metadata["choices"]
+
+
+def test_capacity_below_the_batch(tiny):
+    assert_refused(train(tiny, "--capacity", 3), "capacity must be at least", "got 3")
