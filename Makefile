@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine (Python 3.10+):
 #   make train    sets up .venv and trains on real faces
 #   make test     sets up .venv and runs lint, types, mutants and tests
+# Whoever works here runs `make check` in between: lint, types and a fast part of the tests, in under two minutes.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,10 +11,13 @@ CUDA_BUILT := $(VENV)/.built-cuda
 ARGS   ?=
 # nvcc comes from PyPI for Linux alone.
 CUDA_PART := $(if $(filter Linux,$(shell uname -s)),cuda)
-CXX_FILES := $(shell find csrc tests -type f -name '*.h' -o -type f -name '*.cpp')
-CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -path 'csrc/*.h')
+# A folder that is gone is an error, and no empty list.
+there       = $(foreach folder,$(1),$(or $(wildcard $(folder)),$(error there is no $(folder))))
+CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
+CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test triton extension cuda cuda-host lint format types timing mutants sanitize lock clean
+.PHONY: train test check triton extension cuda cuda-host lint format types timing mutants sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -22,12 +26,18 @@ train: $(BUILT)
 # not run otherwise, once.
 PYTEST         := $(BIN)/python -m pytest -n 2 --dist worksteal
 NOT_COVERED    := tests/backends/cuda tests/cuda_host tests/benchmarks/static
-TRITON_COVERED := tests/backends/triton/test_batch.py tests/backends/triton/test_stream.py tests/ops/test_registration.py
+TRITON_COVERED := tests/backends/triton tests/ops/test_registration.py
 test: lint types extension $(CUDA_PART) timing mutants
 	$(PYTEST) -m "not timing" --cov --cov-report= $(NOT_COVERED:%=--ignore=%) $(ARGS)
 	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(TRITON_COVERED) $(ARGS)"
 	$(PYTEST) -m "not timing" $(NOT_COVERED) $(ARGS)
 	$(MAKE) triton ARGS="$(TRITON_COVERED:%=--ignore=%) $(ARGS)"
+
+# What answers at once: the contracts on the CPU's backends at small sizes, rules and modules, the arrows between rooms.
+# Left out of these suites: the long walks of hypothesis through a memory's life, and the largest shape.
+CHECKED := tests/ops $(filter-out tests/test_compile.py tests/test_gpu_suite.py tests/test_install.py,$(wildcard tests/test_*.py))
+check: lint types $(BUILT)
+	$(PYTEST) -q -m "not slow and not timing" -k "not TestMemory and not 64x9001x8" $(CHECKED) $(ARGS)
 
 # The Triton kernels on the CPU, in Triton's interpreter, which runs their bodies as Python.
 triton: $(BUILT)
@@ -44,12 +54,12 @@ timing: $(BUILT)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) $(filter %.cu %.cuh,$(CUDA_FILES))
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES) $(filter %.cu %.cuh,$(CUDA_FILES))
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 types: $(READY)
 	$(BIN)/mypy
@@ -58,8 +68,8 @@ mutants: $(BUILT)
 	$(BIN)/python -m tests.faults
 
 # The compiled part under the sanitizers. The contract suites run on a copy of the package beside the tests, so that
-# the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in tests/backends/cpu/stress,
-# which `make test` runs too. In all some minutes.
+# the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in
+# tests/backends/cpu/stress, which `make test` runs too. In all some minutes.
 SANITIZED := $(CURDIR)/build/sanitized
 sanitize: $(READY)
 	PROTOMEM_BUILD_CPU=1 PROTOMEM_BUILD_CUDA=0 PROTOMEM_BUILD_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
@@ -77,7 +87,7 @@ sanitize: $(READY)
 
 # The compiled CPU part, into protomem_kernels/: built again when its sources change, and only what changed.
 extension: $(BUILT)
-$(BUILT): $(READY) setup.py CMakeLists.txt $(CXX_FILES)
+$(BUILT): $(READY) setup.py CMakeLists.txt $(CPU_FILES)
 	PROTOMEM_BUILD_CUDA=keep $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $(BUILT)
 

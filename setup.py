@@ -7,9 +7,13 @@ The CPU part is ``_C``, the CUDA part ``_C_cuda``. PROTOMEM_BUILD_CPU and PROTOM
     0      leave it out
     keep   leave it as an earlier build left it
 
-The CUDA part needs nvcc (CUDACXX, the PyPI package nvidia-cuda-nvcc, or on the PATH), but no GPU and no CUDA build of
-torch. PROTOMEM_CUDA_ARCH_LIST, "80 90 100" unless set, are the compute capabilities that it gets machine code for; it
-gets PTX of the last one too, from which drivers compile for newer GPUs.
+The CUDA part needs nvcc (CUDACXX, the PyPI package nvidia-cuda-nvcc, or on the PATH), but no GPU. "auto" builds it only
+where torch is a CUDA build, as no other can load it; "1" builds it in any case. PROTOMEM_CUDA_ARCH_LIST, such as
+"80 90 100", are the compute capabilities that it gets machine code for; it gets PTX of the last one too, from which
+drivers compile for newer GPUs. Unless set, "auto" takes those of the GPUs in this machine, and all three where there
+are none, as "1" does.
+
+What was not built leaves its reason in a note beside the package, which ``protomem env`` shows.
 PROTOMEM_BUILD_SANITIZE=address,undefined builds the CPU part with these sanitizers, in a build folder of its own.
 """
 
@@ -31,7 +35,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("PROTOMEM_BUILD_SANITIZE", "")
-ARCHITECTURES = os.environ.get("PROTOMEM_CUDA_ARCH_LIST", "80 90 100")
+ARCHITECTURES = "80 90 100"
+OLDEST_ARCHITECTURE = 80
 # Where packages may be found that an isolated build does not see on its sys.path.
 PATHS = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
 
@@ -60,6 +65,23 @@ def find_torch() -> tuple[Path, str]:
         if (folder / "include/torch/csrc/stable").is_dir():
             return folder, torch.version
     raise CannotBuildError("there was no torch; install torch first, and with uv or build use --no-build-isolation")
+
+
+def cuda_of(torch: Path) -> str | None:
+    """Return the CUDA version that torch was built with, without importing it; None: it is a build without CUDA."""
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
+def find_architectures() -> str:
+    """Return the compute capabilities of the GPUs here, ascending, or all that are served where there are none."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ARCHITECTURES
+    here = {int(line.replace(".", "")) for line in told.split() if re.fullmatch(r"\d+\.\d", line)}
+    return " ".join(str(arch) for arch in sorted(here) if arch >= OLDEST_ARCHITECTURE) or ARCHITECTURES
 
 
 def find_tool(name: str, folder_attribute: str) -> str:
@@ -159,11 +181,19 @@ class CudaPart(Extension):
         self.mode = mode("PROTOMEM_BUILD_CUDA", "auto")
 
     def compile(self, version: str) -> Path:
-        nvcc = find_nvcc()
         torch, torch_version = find_torch()
-        names = re.split(r"[\s,;]+", ARCHITECTURES.strip())
+        if self.mode == "auto" and cuda_of(torch) is None:
+            raise CannotBuildError(
+                f"torch {torch_version} is a build without CUDA, which cannot load it (PROTOMEM_BUILD_CUDA=1 builds it "
+                "all the same)"
+            )
+        nvcc = find_nvcc()
+        wanted = os.environ.get("PROTOMEM_CUDA_ARCH_LIST") or (
+            find_architectures() if self.mode == "auto" else ARCHITECTURES
+        )
+        names = re.split(r"[\s,;]+", wanted.strip())
         if not all(re.fullmatch(r"\d+[af]?", name) for name in names):
-            raise SystemExit(f'PROTOMEM_CUDA_ARCH_LIST must look like "80 90 100", got "{ARCHITECTURES}"')
+            raise SystemExit(f'PROTOMEM_CUDA_ARCH_LIST must look like "80 90 100", got "{wanted}"')
         options = {
             "CMAKE_CUDA_COMPILER": nvcc,
             # The packages keep the runtime library in lib, and nvcc looks for it in lib64.
@@ -195,9 +225,7 @@ class BuildParts(build_ext):
         target = Path(self.get_ext_fullpath(part.name))
         if part.mode == "keep":
             return target.exists()
-        note = target.with_name(
-            f"{part.name.split('.')[-1]}.missing.txt"
-        )  # read by protomem_kernels/backends/native.py
+        note = target.with_name(f"{part.name.split('.')[-1]}.missing.txt")  # backends/native.py reads it
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if part.mode == "0":
@@ -228,7 +256,8 @@ class Wheel(bdist_wheel):
         super().run()
 
 
-setup(
-    ext_modules=[CpuPart(), CudaPart()],
-    cmdclass={"build_ext": BuildParts, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":  # as every installer runs it; the tests import it
+    setup(
+        ext_modules=[CpuPart(), CudaPart()],
+        cmdclass={"build_ext": BuildParts, "bdist_wheel": Wheel},
+    )

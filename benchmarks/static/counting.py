@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from protomem_kernels.backends import triton as kernels
+from protomem_kernels.backends.triton import specimens as described
 from protomem_kernels.backends.triton.specimens import Specimen
 
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
@@ -73,9 +73,9 @@ class Count:
 def kernel_modules() -> list[str]:
     """Return the modules of the package that describe kernels; none is imported."""
     return [
-        f"{kernels.__name__}.{file.stem}"
-        for file in sorted(Path(kernels.__file__).parent.glob("*.py"))
-        if "\ndef specimens(" in file.read_text(encoding="utf-8")
+        f"{described.__name__}.{file.stem}"
+        for file in sorted(Path(described.__file__).parent.glob("*.py"))
+        if file.stem != "__init__"
     ]
 
 

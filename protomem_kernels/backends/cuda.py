@@ -20,7 +20,7 @@ from protomem_kernels.backends.operators import BATCH, MEMORY, OPERATORS, file_o
 LIBRARY = FOLDER / "_C_cuda.so"
 LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KiB for a block
 MOST_COLUMNS = 1024  # a row is held in registers: csrc/cuda/base/rows.cuh, chosen_rows.cuh
-BUILD_IT = "to build it, install again where nvcc is: PROTOMEM_BUILD_CUDA=1 pip install ... (see docs/cuda.md)"
+BUILD_IT = "to build it, install again where nvcc and a CUDA build of torch are (see docs/cuda.md)"
 
 
 class Build(NamedTuple):

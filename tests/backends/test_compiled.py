@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
 from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -271,7 +270,7 @@ import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from protomem_kernels.backends import cpu
-print(json.dumps([cpu.MODULE.capability(), [str(warning.message) for warning in caught]]))
+print(json.dumps([cpu.MODULE.capability(), [[str(warning.message), warning.filename] for warning in caught]]))
 """
 
 
@@ -285,7 +284,8 @@ def test_the_environment_chooses_the_instruction_set(wanted: str) -> None:
     else:
         offered = ", ".join(names)
         assert capability == names[-1]
-        assert caught == [f"PROTOMEM_CPU_CAPABILITY={wanted} is ignored: this machine and build offer {offered}"]
+        message = f"PROTOMEM_CPU_CAPABILITY={wanted} is ignored: this machine and build offer {offered}"
+        assert caught == [[message, "<string>"]]
 
 
 # Where it cannot be used
@@ -315,6 +315,7 @@ print(json.dumps({
     "refusal": refusal,
     "quiet": quiet,
     "warnings": [str(warning.message) for warning in caught],
+    "places": [(warning.filename, warning.lineno) for warning in caught],
 }))
 """
 
@@ -354,6 +355,10 @@ def test_the_reference_serves_and_the_reason_is_told_once(
     assert told["quiet"] == 0
     assert len(told["warnings"]) == 1
     assert told["unavailable"] in told["warnings"][0]
+    line = 1 + FALLBACK.splitlines().index(
+        "        assert torch.equal(pmk.aggregate_prototypes(x, labels).prototypes, expected)"
+    )
+    assert told["places"] == [["<string>", line]]  # the caller's line, not the package's
 
 
 def test_switched_off_is_silent() -> None:
@@ -394,166 +399,3 @@ def test_env_shows_how_it_was_built() -> None:
     for word in (cpu.MODULE.capability(), cpu.MODULE.compiler, cpu.MODULE.torch_version):
         assert word in output
     assert cpu.MODULE.version == pmk.__version__
-
-
-# Building it
-
-
-def compile_kernels(compiler: str, to: Path) -> None:
-    flags = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-DPROTOMEM_ISA=baseline"]
-    process = subprocess.run(
-        [compiler, *flags, "-c", ROOT / "csrc/cpu/isa.cpp", "-o", to / "isa.o"], capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_kernels_compile_without_any_instruction_set(tmp_path: Path) -> None:
-    compile_kernels(COMPILER, tmp_path)
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_arm(tmp_path: Path) -> None:
-    compiler = shutil.which("aarch64-linux-gnu-g++")
-    if compiler is None:
-        pytest.skip("there is no aarch64-linux-gnu-g++")
-    compile_kernels(compiler, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the sources, so that builds leave the tree alone."""
-    copied = tmp_path_factory.mktemp("build") / "checkout"
-    leave = shutil.ignore_patterns(".*", "build", "dist", "runs", "shared", "*.egg-info", "__pycache__", "_C*")
-    shutil.copytree(ROOT, copied, ignore=leave)
-    return copied
-
-
-def build(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a build, of the CPU part alone unless more is asked for: the CUDA part takes minutes."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PROTOMEM")}
-    inherited["PROTOMEM_BUILD_CUDA"] = "0"
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=checkout, env=inherited | environment, capture_output=True, text=True
-    )
-
-
-@pytest.mark.parametrize(
-    ("environment", "reason"),
-    [
-        ({"PATH": "/nowhere", "CXX": ""}, "there was no C++ compiler"),
-        ({"PROTOMEM_BUILD_CPU": "0"}, "PROTOMEM_BUILD_CPU=0 was set"),
-        ({"CXX": "/bin/false"}, "the build failed"),
-    ],
-    ids=["no compiler", "not wanted", "failure"],
-)
-def test_a_pure_python_wheel_where_it_cannot_be_built(
-    checkout: Path, tmp_path: Path, environment: dict[str, str], reason: str
-) -> None:
-    process = build(checkout, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path), **environment)
-    assert process.returncode == 0, process.stderr
-    assert f"installs without its compiled CPU part: {reason}" in process.stderr
-    (wheel,) = tmp_path.iterdir()
-    assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("protomem_kernels/_C.missing.txt").decode().startswith(reason)
-        assert not [name for name in archive.namelist() if name.endswith(".so")]
-
-
-def test_a_build_that_was_asked_for_must_succeed(checkout: Path, tmp_path: Path) -> None:
-    process = build(
-        checkout, "setup.py", "bdist_wheel", "-d", str(tmp_path), PATH="/nowhere", CXX="", PROTOMEM_BUILD_CPU="1"
-    )
-    assert process.returncode != 0
-    assert "the compiled CPU part cannot be built: there was no C++ compiler" in process.stderr
-
-
-def test_the_cuda_part_is_left_out_where_it_cannot_be_built(checkout: Path, tmp_path: Path) -> None:
-    nowhere = {"PATH": "/nowhere", "CXX": "", "CUDACXX": "/nowhere/nvcc"}
-    process = build(
-        checkout, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path), PROTOMEM_BUILD_CUDA="auto", **nowhere
-    )
-    assert process.returncode == 0, process.stderr
-    assert "installs without its compiled CUDA part: there was no C++ compiler" in process.stderr
-    (wheel,) = tmp_path.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("protomem_kernels/_C_cuda.missing.txt").decode() == "there was no C++ compiler"
-    process = build(checkout, "setup.py", "build", PROTOMEM_BUILD_CPU="0", PROTOMEM_BUILD_CUDA="1", **nowhere)
-    assert process.returncode != 0
-    assert "the compiled CUDA part cannot be built: there was no C++ compiler" in process.stderr
-
-
-@needs_compiler
-def test_a_list_of_architectures_is_checked(checkout: Path) -> None:
-    given = {"PROTOMEM_BUILD_CPU": "0", "PROTOMEM_BUILD_CUDA": "1", "PROTOMEM_CUDA_ARCH_LIST": "8.0+PTX"}
-    process = build(checkout, "setup.py", "build", CUDACXX="/nowhere/nvcc", **given)
-    assert process.returncode != 0
-    assert 'PROTOMEM_CUDA_ARCH_LIST must look like "80 90 100", got "8.0+PTX"' in process.stderr
-
-
-@needs_compiler
-@pytest.mark.skipif(sys.platform != "linux", reason="nvcc comes in packages for Linux")
-def test_nvcc_is_found_in_its_package_and_made_to_run(checkout: Path, tmp_path: Path) -> None:
-    """Some installers leave programs without the permission to be executed."""
-    programs = [
-        tmp_path / "nvidia/cu13/bin/nvcc",
-        tmp_path / "nvidia/cu13/bin/ptxas",
-        tmp_path / "nvidia/cu13/nvvm/bin/cicc",
-    ]
-    for program in programs:
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text("#!/bin/sh\nexit 1\n")
-        program.chmod(0o644)
-    metadata = tmp_path / "nvidia_cuda_nvcc-99.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: 99\n")
-    (metadata / "RECORD").write_text("nvidia/cu13/bin/nvcc,,\n")
-    process = build(
-        checkout,
-        "setup.py",
-        "build",
-        PROTOMEM_BUILD_CPU="0",
-        PROTOMEM_BUILD_CUDA="1",
-        CUDACXX="",
-        PYTHONPATH=str(tmp_path),
-    )
-    assert "the compiled CUDA part cannot be built: the build failed" in process.stderr  # this nvcc cannot do more
-    assert all(os.access(program, os.X_OK) for program in programs)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_the_wheel_works_elsewhere(checkout: Path, tmp_path: Path) -> None:
-    """Build sdist and wheel, install the wheel where there is no compiler, and run a contract suite on it there."""
-    process = build(checkout, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), PROTOMEM_BUILD_CPU="1")
-    assert process.returncode == 0, process.stdout + process.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert re.search(rf"-{tag}-{tag}\w*-(?!any)\w+\.whl$", wheel.name)
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert f"protomem_kernels/_C{SUFFIX}" in names
-    assert not [name for name in names if name.startswith(("csrc", "tests", "setup"))]
-
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    python = venv / "bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(pip, check=True)
-    (site,) = (venv / "lib").glob("python*/site-packages")
-    (site / "torch_and_pytest.pth").write_text(sysconfig.get_path("purelib"))
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(ROOT / "tests", elsewhere / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", elsewhere)
-    show = "from protomem_kernels.backends import cpu; print(cpu.MODULE.__file__, *cpu.BACKEND.kernels)"
-    shown = subprocess.run(
-        [python, "-c", show], cwd=elsewhere, env={"PATH": ""}, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.startswith(str(site))
-    if "aggregate_prototypes" not in shown.stdout:
-        return
-    contract = [python, "-m", "pytest", "-q", "-k", "cpu", "tests/ops/test_aggregate_prototypes.py"]
-    result = subprocess.run(contract, cwd=elsewhere, env={"PATH": ""}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"\d+ passed", result.stdout)

@@ -49,6 +49,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_the_kernels_under_the_sanitizers(file: str, tmp_path: Path) -> None:
     options = ["-q", "-k", "sanitized", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-cov"]

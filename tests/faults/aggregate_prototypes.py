@@ -6,8 +6,7 @@ REFERENCE = "backends/reference/aggregate_prototypes.py"
 TRITON_ROWS = "backends/triton/rows.py"
 TRITON = "backends/triton/aggregate_prototypes.py"
 T_AGGREGATE = "tests/ops/test_aggregate_prototypes.py"
-T_BATCH = "tests/backends/triton/test_batch.py"
-T_SUM = f"{T_BATCH}::test_aggregate_in_small_blocks"
+T_SUM = "tests/backends/triton/test_aggregate_prototypes.py::test_aggregate_in_small_blocks"
 T_REGISTRATION = "tests/ops/test_registration.py"
 
 FAULTS = [

@@ -5,8 +5,8 @@ from tests.faults.fault import Fault
 REFERENCE = "backends/reference/enqueue.py"
 TRITON = "backends/triton/enqueue.py"
 T_ENQUEUE = "tests/ops/test_enqueue.py"
-T_BATCH = "tests/backends/triton/test_batch.py"
-T_WRITE = f"{T_BATCH}::test_enqueue_in_small_blocks"
+T_TRITON = "tests/backends/triton/test_enqueue.py"
+T_WRITE = f"{T_TRITON}::test_enqueue_in_small_blocks"
 
 FAULTS = [
     Fault(
@@ -81,7 +81,7 @@ FAULTS = [
         TRITON,
         "past + capacity, past",
         "past + capacity - 1, past",
-        f"{T_BATCH}::test_enqueue_survives_a_memory_that_breaks_its_invariants",
+        f"{T_TRITON}::test_enqueue_survives_a_memory_that_breaks_its_invariants",
     ),
     Fault("hits are victims", TRITON, "past < place + middle", "past < place + middle - 1", T_WRITE),
     Fault("greatest identity never found", TRITON, "(middle < size)", "(middle < size - 1)", T_WRITE),
@@ -107,6 +107,6 @@ FAULTS = [
         TRITON,
         "prototypes = prototypes.clone()",
         "pass",
-        f"{T_BATCH}::test_enqueue_of_the_memory_s_own_rows",
+        f"{T_TRITON}::test_enqueue_of_the_memory_s_own_rows",
     ),
 ]

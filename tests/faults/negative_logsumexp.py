@@ -4,11 +4,11 @@ from tests.faults.fault import Fault
 
 REFERENCE = "backends/reference/negative_logsumexp.py"
 TILES_OF_THE_MEMORY = "backends/reference/_rows.py"
-TRITON = "backends/triton/negative_logsumexp.py"
+TRITON = "backends/triton/logsumexp_stream.py"
 TRITON_TILES = "backends/triton/tiles.py"
 TRITON_CHOSEN = "backends/triton/chosen_rows.py"
-T_STREAM = "tests/backends/triton/test_stream.py"
-T_BLOCKS = f"{T_STREAM}::test_small_blocks"
+T_TRITON = "tests/backends/triton/test_negative_logsumexp.py"
+T_BLOCKS = f"{T_TRITON}::test_small_blocks"
 T_LOSS = "tests/ops/test_margin_softmax_loss.py"
 
 FAULTS = [
@@ -180,21 +180,21 @@ FAULTS = [
         TRITON,
         "n += tl.sum((x - high / LIFT - low / LIFT) * o, axis=1)",
         "pass",
-        f"{T_STREAM}::test_16_bit_factors_cost_n_no_accuracy",
+        f"{T_TRITON}::test_16_bit_factors_cost_n_no_accuracy",
     ),
     Fault(
         "tile offset in 32 bits",
         TRITON_TILES,
         "columns.to(tl.int64)[None, :] * stride_column\n",
         "columns.to(tl.int64)[None, :] * stride_column\n    offsets = offsets.to(tl.int32)\n",
-        f"{T_STREAM}::test_rows_past_two_to_the_31_elements",
+        f"{T_TRITON}::test_rows_past_two_to_the_31_elements",
     ),
     Fault(
         "products of bfloat16 bits",
         TRITON_TILES,
         "        a = a.to(tl.float32)\n        b = b.to(tl.float32)\n",
         "        a = a\n        b = b\n",
-        f"{T_STREAM}::test_the_product_helper",
+        "tests/backends/triton/test_tiles.py::test_the_product_helper",
     ),
     Fault(
         "only the first entry of a chosen slot counts",

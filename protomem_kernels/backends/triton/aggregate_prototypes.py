@@ -36,16 +36,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protomem_kernels.backends.triton.launch import accumulation, triton_type
+from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.rows import ranks, unit_rows
-from protomem_kernels.backends.triton.specimens import Specimen
 from protomem_kernels.backends.triton.tiles import load_rows, load_slots, narrow
+from protomem_kernels.rows import accumulation_dtype
 
 ANTIPODAL = tl.constexpr(1e-6)  # |m_c| at or below this share of sum q_i |x_i| has no direction worth keeping
-
-BLOCK_ROWS, BLOCK_KEYS = 16, 64  # one tile of comparisons
-BLOCK_FLAGS = 1024
-BLOCK_SAMPLES = 4
 
 
 @triton.jit
@@ -190,35 +186,30 @@ def backward_kernel(
     tl.store(grad_weights_ptr + samples, narrow(grad_weights, grad_weights_ptr.dtype.element_ty), mask=inside)
 
 
-def warps(dim: int, dtype: torch.dtype) -> int:
-    """Return how many warps hold ``BLOCK_SAMPLES`` rows of size ``dim`` and what is computed from them."""
-    return 8 if triton.next_power_of_2(dim) * dtype.itemsize > 2048 else 4
-
-
 def aggregate_prototypes(
     embeddings: Tensor, labels: Tensor, weights: Tensor | None, normalize: bool, max_identities: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return prototypes (P, D), identities (P,), index (B,), mass (P,) and ``|m_c|`` (P,), 0 for a zero row."""
     size, dim = embeddings.shape
-    dtype = accumulation(embeddings.dtype)
+    dtype, arch = accumulation_dtype(embeddings.dtype), launch.architecture(embeddings.device)
     index = labels.new_empty(size, dtype=torch.int64)
     order = labels.new_empty((2, size), dtype=torch.int32)
     head = labels.new_empty(size, dtype=torch.int8)
     if size > 0:
-        order_kernel[(triton.cdiv(size, BLOCK_ROWS),)](
-            labels, labels.stride(0), order[0], order[1], head, index, size, BLOCK_ROWS, BLOCK_KEYS,
-            enable_fp_fusion=True,
+        how = launch.choose("order of labels", arch, dtype, dim)
+        order_kernel[(triton.cdiv(size, how.rows),)](
+            labels, labels.stride(0), order[0], order[1], head, index, size, how.rows, how.slots, **how.options(),
         )  # fmt: skip
     rows = int(head.sum()) if max_identities is None else max_identities  # the one documented read-back
     prototypes = embeddings.new_empty((rows, dim), dtype=dtype)
     identities = labels.new_empty(rows, dtype=torch.int64)
     mass, norm = (embeddings.new_empty(rows, dtype=dtype) for _ in range(2))
     if rows > 0:
+        how = launch.choose("samples", arch, dtype, dim)
         sum_kernel[(max(size, rows),)](
             embeddings, *embeddings.stride(), labels, labels.stride(0), weights, 0 if weights is None else
             weights.stride(0), order[0], order[1], head, prototypes, identities, index, mass, norm, size, dim, rows,
-            normalize, BLOCK_FLAGS, BLOCK_SAMPLES, triton.next_power_of_2(dim), num_warps=warps(dim, dtype),
-            enable_fp_fusion=True,
+            normalize, how.slots, how.rows, triton.next_power_of_2(dim), **how.options(),
         )  # fmt: skip
     return prototypes, identities, index, mass, norm
 
@@ -239,59 +230,12 @@ def aggregate_prototypes_backward(
     grad_embeddings = embeddings.new_empty((size, dim))
     grad_weights = (grad_mass if weights is None else weights).new_empty(size)
     if size > 0:
-        backward_kernel[(triton.cdiv(size, BLOCK_SAMPLES),)](
+        how = launch.choose("samples", launch.architecture(embeddings.device), prototypes.dtype, dim)
+        backward_kernel[(triton.cdiv(size, how.rows),)](
             grad_prototypes, *grad_prototypes.stride(), grad_mass, grad_mass.stride(0), embeddings,
             *embeddings.stride(), weights, 0 if weights is None else weights.stride(0), index, index.stride(0),
             prototypes, *prototypes.stride(), mass, mass.stride(0), norm, norm.stride(0), grad_embeddings,
-            grad_weights, size, dim, prototypes.shape[0], normalize, BLOCK_SAMPLES, triton.next_power_of_2(dim),
-            num_warps=warps(dim, prototypes.dtype), enable_fp_fusion=True,
+            grad_weights, size, dim, prototypes.shape[0], normalize, how.rows, triton.next_power_of_2(dim),
+            **how.options(),
         )  # fmt: skip
     return grad_embeddings, grad_weights
-
-
-def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
-    """Describe the kernels for the compile tests and the static report: weighted, normalising, int64 labels."""
-    given, sums = f"*{triton_type(dtype)}", f"*{triton_type(accumulation(dtype))}"
-    bits, wide = dtype.itemsize, accumulation(dtype).itemsize
-    batch, kept = warps(dim, accumulation(dtype)), triton.next_power_of_2(dim)
-    numbers = {"size": "i32", "dim": "i32", "rows": "i32", "stride_embedding": "i32"}
-    columns = {"stride_column": 1, "stride_weight": 1}
-    tile = {"NORMALIZE": True, "BLOCK_SAMPLES": BLOCK_SAMPLES, "BLOCK_D": kept}
-    notes = {"order_ptr": "*i32", "length_ptr": "*i32", "head_ptr": "*i8", "index_ptr": "*i64", "labels_ptr": "*i64"}
-    order = Specimen(
-        name="order",
-        kernel=order_kernel,
-        signature=notes | {"size": "i32"},
-        constexprs={"stride_label": 1, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_KEYS": BLOCK_KEYS},
-        warps=4,
-        stages=3,
-        bytes_per_tile=BLOCK_ROWS * (8 + 4 + 4 + 1 + 8),
-    )
-    forward = Specimen(
-        name="sum",
-        kernel=sum_kernel,
-        signature=notes
-        | dict.fromkeys(["prototypes_ptr", "mass_ptr", "norm_ptr"], sums)
-        | {"embeddings_ptr": given, "weights_ptr": sums, "identities_ptr": "*i64"}
-        | numbers,
-        constexprs=columns | tile | {"stride_label": 1, "BLOCK_FLAGS": BLOCK_FLAGS},
-        warps=batch,
-        stages=3,
-        aligned=("dim", "stride_embedding"),
-        bytes_per_tile=BLOCK_SAMPLES * (dim * bits + wide + 8),
-    )
-    strides = ["stride_grad_mass", "stride_index", "stride_mass", "stride_norm"]
-    backward = Specimen(
-        name="backward",
-        kernel=backward_kernel,
-        signature={name: sums for name in backward_kernel.arg_names if name.endswith("_ptr")}
-        | {"embeddings_ptr": given, "grad_embeddings_ptr": given, "index_ptr": "*i64"}
-        | numbers
-        | {"stride_grad": "i32", "stride_prototype": "i32"},
-        constexprs=columns | tile | dict.fromkeys([*strides, "stride_grad_column", "stride_prototype_column"], 1),
-        warps=batch,
-        stages=3,
-        aligned=("dim", "stride_embedding", "stride_grad", "stride_prototype"),
-        bytes_per_tile=BLOCK_SAMPLES * 2 * dim * (bits + wide),
-    )
-    return [order, forward, backward]

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.launch import Launch
 
@@ -101,7 +101,7 @@ def _read(file: Path, quiet: bool = False) -> dict[str, Launch]:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as problem:
         if not quiet:
-            warnings.warn(f"{file} is ignored, launch parameters are timed again: {problem}", stacklevel=4)
+            warn_caller(f"{file} is ignored, launch parameters are timed again: {problem}")
         return {}
 
 
@@ -120,4 +120,4 @@ def _write(file: Path, entries: dict[str, Launch]) -> None:
         part.write_text(json.dumps({bucket: how._asdict() for bucket, how in entries.items()}, indent=1))
         os.replace(part, file)
     except OSError as problem:
-        warnings.warn(f"launch parameters were not kept in {file}: {problem}", stacklevel=3)
+        warn_caller(f"launch parameters were not kept in {file}: {problem}")

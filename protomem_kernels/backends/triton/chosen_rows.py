@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from protomem_kernels.backends.triton import launch
-from protomem_kernels.backends.triton.specimens import Specimen
 from protomem_kernels.backends.triton.tiles import inverse_length, narrow, squares
 
 
@@ -89,6 +88,8 @@ def chosen_rows_backward_(
     grad_prototypes.zero_()
     if slots.numel() == 0 or grad_prototypes.numel() == 0:
         return
+    dim = x.shape[1]
+    how = launch.choose("chosen rows", launch.architecture(x.device), prototypes.dtype, dim)
     ordered, order = torch.sort(slots.flatten(), stable=True)
     chosen_rows_kernel[(ordered.shape[0],)](
         grad_prototypes,
@@ -99,39 +100,10 @@ def chosen_rows_backward_(
         prototypes,
         ordered.shape[0],
         slots.shape[1],
-        x.shape[1],
+        dim,
         *x.stride(),
         *prototypes.stride(),
         NORMALIZE=normalize,
-        BLOCK_DIM=launch.padded(x.shape[1]),
-        num_warps=launch.row_warps(x.shape[1]),
-        enable_fp_fusion=True,
+        BLOCK_DIM=launch.padded(dim),
+        **how.options(),
     )
-
-
-def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
-    """Describe the kernel for the compile tests and the static report."""
-    kind, acc = launch.triton_type(dtype), launch.triton_type(launch.accumulation(dtype))
-    pointers = {
-        "grad_prototypes_ptr": f"*{kind}",
-        "sorted_ptr": "*i64",
-        "order_ptr": "*i64",
-        "coefficients_ptr": f"*{acc}",
-        "x_ptr": f"*{acc}",
-        "prototypes_ptr": f"*{kind}",
-    }
-    numbers = dict.fromkeys(["entries", "chosen", "dim", "stride_x_row", "stride_w_row"], "i32")
-    compile_time = {"stride_x_column": 1, "stride_w_column": 1, "BLOCK_DIM": launch.padded(dim)}
-    return [
-        Specimen(
-            name=f"chosen_rows_backward{' normalized' if normalize else ''}",
-            kernel=chosen_rows_kernel,
-            signature=pointers | numbers | dict.fromkeys([*compile_time, "NORMALIZE"], "constexpr"),
-            constexprs=compile_time | {"NORMALIZE": normalize},
-            warps=launch.row_warps(dim),
-            stages=1,
-            aligned=(*pointers, "dim", "stride_x_row", "stride_w_row"),
-            bytes_per_tile=dim * launch.accumulation(dtype).itemsize,
-        )
-        for normalize in (False, True)
-    ]

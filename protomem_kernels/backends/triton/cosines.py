@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protomem_kernels.backends.triton.launch import accumulation, padded, row_block, triton_type
-from protomem_kernels.backends.triton.specimens import Specimen, arguments
+from protomem_kernels.backends.triton.launch import architecture, choose
 from protomem_kernels.backends.triton.tiles import dot, inverse_length, load_rows, narrow, squares
 
 # Products on the tensor cores that stand for one product of cosines: three tf32 ones, or x split into narrow numbers.
@@ -106,32 +105,16 @@ def inverse_lengths(prototypes: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 1 / |w_j| (M,) in ``dtype``; 0 for a zero row, NaN for a non-finite one. Reads the memory once."""
     capacity, dim = prototypes.shape
     inverse = torch.empty(capacity, dtype=dtype, device=prototypes.device)
-    blocks = _blocks(dim)
+    how = choose("inverse lengths", architecture(prototypes.device), prototypes.dtype, dim)
     if capacity > 0:
-        inverse_lengths_kernel[(triton.cdiv(capacity, blocks["BLOCK_SLOTS"]),)](
-            inverse, prototypes, capacity, dim, *prototypes.stride(), **blocks, num_warps=4, enable_fp_fusion=True
+        inverse_lengths_kernel[(triton.cdiv(capacity, how.slots),)](
+            inverse,
+            prototypes,
+            capacity,
+            dim,
+            *prototypes.stride(),
+            BLOCK_SLOTS=how.slots,
+            BLOCK_DEPTH=how.depth,
+            **how.options(),
         )
     return inverse
-
-
-def _blocks(dim: int) -> dict[str, int]:
-    depth = min(padded(dim), 128)
-    return {"BLOCK_SLOTS": row_block(depth), "BLOCK_DEPTH": depth}
-
-
-def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
-    """Describe the kernel for the compile tests and the static report."""
-    del arch
-    types = {"prototypes_ptr": f"*{triton_type(dtype)}", "inverse_ptr": f"*{triton_type(accumulation(dtype))}"}
-    types |= dict.fromkeys(["capacity", "dim", "stride_w_row"], "i32")
-    blocks = _blocks(dim)
-    return [
-        Specimen(
-            name="inverse lengths",
-            **arguments(inverse_lengths_kernel, types, blocks),
-            warps=4,
-            stages=3,
-            aligned=("dim", "stride_w_row"),
-            bytes_per_tile=blocks["BLOCK_SLOTS"] * dim * dtype.itemsize,
-        )
-    ]

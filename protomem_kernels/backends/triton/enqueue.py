@@ -39,25 +39,17 @@ one program that it belongs to. Prototypes that share storage with the memory ar
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from protomem_kernels.backends.triton.launch import accumulation, triton_type
+from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.rows import ranks, unit_rows
-from protomem_kernels.backends.triton.specimens import Specimen
 from protomem_kernels.backends.triton.tiles import load_rows, narrow
 
 VANISHED = tl.constexpr(1e-6)  # a refreshed row this short has no direction: the new prototype takes its place
 OLDEST, NEWEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
-
-BLOCK_ROWS, BLOCK_KEYS = 16, 64  # one tile of comparisons
-BLOCK_COLUMNS = 64
-BLOCK_SLOTS = 1024
-BLOCK_NOTES = 512
 
 
 @triton.jit
@@ -268,69 +260,24 @@ def enqueue_(
     outputs = slots, evicted, known, previous if keep_previous else None
     halvings = (size - 1).bit_length()
 
-    order_kernel[(triton.cdiv(size, BLOCK_ROWS),)](
+    kinds = "order of identities", "find", "write"
+    arch, dtype = launch.architecture(memory_prototypes.device), memory_prototypes.dtype
+    compare, find, write = (launch.choose(kind, arch, dtype, dim) for kind in kinds)
+    order_kernel[(triton.cdiv(size, compare.rows),)](
         prototypes, *prototypes.stride(), identities, identities.stride(0), memory_prototypes,
         *memory_prototypes.stride(), cursor, clock, start, ordered, found, order, length, usable, *outputs, size, dim,
-        BLOCK_ROWS, BLOCK_KEYS, BLOCK_COLUMNS, enable_fp_fusion=True,
+        compare.rows, compare.slots, compare.columns, **compare.options(),
     )  # fmt: skip
-    row_blocks = triton.cdiv(size, BLOCK_SLOTS)
-    find_kernel[(row_blocks + triton.cdiv(capacity, BLOCK_SLOTS),)](
+    row_blocks = triton.cdiv(size, find.slots)
+    find_kernel[(row_blocks + triton.cdiv(capacity, find.slots),)](
         memory_identities, memory_identities.stride(0), stamps, stamps.stride(0), ages, ordered, found, order, length,
-        usable, leader, size, capacity, halvings, row_blocks, BLOCK_SLOTS, enable_fp_fusion=True,
+        usable, leader, size, capacity, halvings, row_blocks, find.slots, **find.options(),
     )  # fmt: skip
     victims = None if ages is None else ages.sort(stable=True).indices
     write_kernel[(size,)](
         memory_prototypes, *memory_prototypes.stride(), memory_identities, memory_identities.stride(0), stamps,
         stamps.stride(0), cursor, clock, prototypes, *prototypes.stride(), start, ordered, found, order, length, usable,
-        leader, victims, *outputs, refresh_ratio, size, dim, capacity, halvings, BLOCK_NOTES,
-        triton.next_power_of_2(dim), num_warps=4, enable_fp_fusion=True,
+        leader, victims, *outputs, refresh_ratio, size, dim, capacity, halvings, write.slots,
+        triton.next_power_of_2(dim), **write.options(),
     )  # fmt: skip
     return slots, evicted, known, previous
-
-
-def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
-    """Describe the kernels for the compile tests and the static report, for a memory of ``dtype``."""
-    memory, rows = f"*{triton_type(dtype)}", f"*{triton_type(accumulation(dtype))}"
-    notes = dict.fromkeys(["start_ptr", "ordered_ptr", "found_ptr", "cursor_ptr", "clock_ptr"], "*i64")
-    notes |= dict.fromkeys(["order_ptr", "length_ptr", "usable_ptr", "leader_ptr"], "*i32")
-    answers = {"slots_ptr": "*i64", "evicted_ptr": "*i64", "known_ptr": "*i1", "previous_ptr": memory}
-    state = {"memory_ptr": memory, "memory_identities_ptr": "*i64", "stamps_ptr": "*i64"}
-    batch = {"prototypes_ptr": rows, "identities_ptr": "*i64"}
-    names = ["size", "dim", "capacity", "halvings", "row_blocks", "stride_slot", "stride_prototype"]
-    everything = notes | answers | state | batch | dict.fromkeys(names, "i32") | {"refresh_ratio": "fp64"}
-    fixed = {
-        "stride_identity": 1,
-        "stride_stamp": 1,
-        "stride_column": 1,
-        "stride_slot_column": 1,
-        "BLOCK_ROWS": BLOCK_ROWS,
-        "BLOCK_KEYS": BLOCK_KEYS,
-        "BLOCK_COLUMNS": BLOCK_COLUMNS,
-        "BLOCK_SLOTS": BLOCK_SLOTS,
-        "BLOCK_NOTES": BLOCK_NOTES,
-        "BLOCK_D": triton.next_power_of_2(dim),
-    }
-    aligned = ("dim", "stride_slot", "stride_prototype")
-    moved = dim * (accumulation(dtype).itemsize + 2 * dtype.itemsize)
-
-    def specimen(name: str, kernel: Any, moved: int, **more: Any) -> Specimen:
-        given = fixed | {argument: value for argument, value in more.items() if value is None}
-        types = everything | {argument: kind for argument, kind in more.items() if kind is not None}
-        return Specimen(
-            name=name,
-            kernel=kernel,
-            signature={argument: types[argument] for argument in kernel.arg_names if argument not in given},
-            constexprs={argument: given[argument] for argument in kernel.arg_names if argument in given},
-            warps=4,
-            stages=3,
-            aligned=aligned,
-            bytes_per_tile=moved,
-        )
-
-    return [
-        specimen("order", order_kernel, BLOCK_ROWS * dim * accumulation(dtype).itemsize),
-        specimen("find", find_kernel, 8 * BLOCK_SLOTS, ages_ptr=None),
-        specimen("find lru", find_kernel, 24 * BLOCK_SLOTS, ages_ptr="*i64"),
-        specimen("write", write_kernel, moved, victims_ptr=None),
-        specimen("write lru", write_kernel, moved, victims_ptr="*i64"),
-    ]

@@ -33,7 +33,7 @@ Idea of the two levels: maxima per block as in approximate top-k for TPUs (Chern
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -41,24 +41,13 @@ import triton.language as tl
 from torch import Tensor
 
 from protomem_kernels.backends.triton.chosen_rows import chosen_rows_backward_
-from protomem_kernels.backends.triton.cosines import PRODUCTS, cosines, inverse_lengths
-from protomem_kernels.backends.triton.launch import (
-    Launch,
-    accumulation,
-    architecture,
-    choose_product,
-    compute_dtype,
-    padded,
-    triton_type,
-)
-from protomem_kernels.backends.triton.specimens import CENTRE, Specimen, arguments
+from protomem_kernels.backends.triton.cosines import cosines, inverse_lengths
+from protomem_kernels.backends.triton.launch import Launch, architecture, choose, compute_dtype, padded
 from protomem_kernels.backends.triton.tiles import inverse_length, load_present, load_rows, load_slots, squares
 
 TILE = 128  # slots that share one maximum
 TILE_SLOTS = tl.constexpr(TILE)
 SCRATCH_BYTES = 32 << 20  # of maxima, and of candidates, at a time
-WIDTH = 1024  # columns that one step of ``keep_largest`` looks at
-CHOSEN = 8  # chosen rows that backward holds at a time
 NONE = tl.constexpr(float("-inf"))
 
 
@@ -289,8 +278,9 @@ def keep_largest(values: Tensor, k: int) -> Tensor:
     bar = top.amin(dim=1, keepdim=True)
     room = (top == bar).sum(dim=1, dtype=torch.int32)
     columns = torch.empty(top.shape, dtype=torch.int64, device=values.device)
+    how = choose("largest", architecture(values.device), values.dtype, values.shape[1])
     _keep_largest_kernel[(values.shape[0],)](
-        columns, values, bar, room, values.shape[1], k, BLOCK=WIDTH, num_warps=4, enable_fp_fusion=True
+        columns, values, bar, room, values.shape[1], k, BLOCK=how.slots, **how.options()
     )
     return columns
 
@@ -304,7 +294,7 @@ class Memory(NamedTuple):
 
     def launch(self, kind: str, x: Tensor) -> Launch:
         """Return the launch parameters."""
-        return choose_product(kind, architecture(x.device), compute_dtype(x, self.prototypes), x.shape[1])
+        return choose(kind, architecture(x.device), compute_dtype(x, self.prototypes), x.shape[1])
 
     def strides(self, x: Tensor, targets: Tensor) -> tuple[int, ...]:
         """Return the strides in the order of the kernels' arguments."""
@@ -315,7 +305,7 @@ class Memory(NamedTuple):
 def _best_tiles(x: Tensor, targets: Tensor, memory: Memory, chosen: int) -> Tensor:
     """Return the ``chosen`` best tiles of each row (B, chosen), ascending."""
     prototypes, occupied, inverse = memory
-    launch = memory.launch("stream", x)
+    launch = memory.launch("cosines", x)
     batch, (capacity, dim) = x.shape[0], prototypes.shape
     tiles = triton.cdiv(capacity, TILE)
     if chosen == tiles:
@@ -343,7 +333,7 @@ def _best_tiles(x: Tensor, targets: Tensor, memory: Memory, chosen: int) -> Tens
 def _candidates(x: Tensor, targets: Tensor, memory: Memory, best: Tensor) -> Tensor:
     """Return the cosines of each row to all slots of its ``best`` tiles: (B, 128 chosen), in the order of the slots."""
     prototypes, occupied, inverse = memory
-    launch = memory.launch("gathered", x)
+    launch = memory.launch("gathered cosines", x)
     chosen = best.shape[1]
     pair_tiles, pairs = best.flatten().to(torch.int32).sort(stable=True)
     candidates = x.new_empty(x.shape[0], chosen * TILE)
@@ -419,6 +409,7 @@ def hardest_negatives_backward(
     (batch, dim), k = x.shape, slots.shape[1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if batch > 0:
+        how = choose("gradient of embeddings", architecture(x.device), prototypes.dtype, dim)
         _embeddings_gradient_kernel[(batch,)](
             grad_x,
             grad,
@@ -431,10 +422,9 @@ def hardest_negatives_backward(
             *slots.stride(),
             *prototypes.stride(),
             NORMALIZE=normalize_prototypes,
-            BLOCK_CHOSEN=CHOSEN,
+            BLOCK_CHOSEN=how.slots,
             BLOCK_COLUMNS=padded(dim),
-            num_warps=_warps(dim),
-            enable_fp_fusion=True,
+            **how.options(),
         )
     if not need_prototypes:
         return grad_x, prototypes.new_empty(0, 0)
@@ -442,63 +432,3 @@ def hardest_negatives_backward(
     inside = torch.where(slots < prototypes.shape[0], slots, -1)
     chosen_rows_backward_(grad_prototypes, grad, inside, x, prototypes, normalize_prototypes)
     return grad_x, grad_prototypes
-
-
-def _warps(dim: int) -> int:
-    """Return the warps of a program of backward: with CHOSEN rows of 128 columns a warp, 32 entries per thread."""
-    return max(1, padded(dim) // 128)
-
-
-def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
-    """Describe the kernels for the compile tests and the static report."""
-    (batch, capacity), size, wide = CENTRE, dtype.itemsize, accumulation(dtype).itemsize
-    types = {"prototypes_ptr": f"*{triton_type(dtype)}", "targets_ptr": "*i64", "occupied_ptr": "*i1"}
-    types |= {"pairs_ptr": "*i64", "pair_tiles_ptr": "*i32", "columns_ptr": "*i64", "room_ptr": "*i32"}
-    types |= {"slots_ptr": "*i64"}
-    aligned = ("dim", "stride_x_row", "stride_w_row")
-    counts = ["batch", "capacity", "tiles", "count", "chosen", "width", "k", "stride_grad_row", "stride_slots_row"]
-    types |= dict.fromkeys([*counts, *aligned], "i32")
-
-    def specimen(name: str, kernel: Any, launch: Launch, work: tuple[int, ...] = (0,) * 4, **fixed: Any) -> Specimen:
-        pointers = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
-        moved, multiplied, tiles, least = work
-        return Specimen(
-            name=name,
-            **arguments(
-                kernel,
-                dict.fromkeys(pointers, f"*{triton_type(accumulation(dtype))}") | types,
-                launch.blocks() | fixed,
-            ),
-            warps=launch.warps,
-            stages=launch.stages,
-            aligned=aligned,
-            matrix_bound=multiplied > 0,
-            bytes_per_tile=moved,
-            operations_per_tile=2 * multiplied,
-            tiles=tiles,
-            least_bytes=least,
-        )
-
-    stream = choose_product("stream", arch, dtype, dim)
-    gather = choose_product("gathered", arch, dtype, dim)
-    maxima = (
-        dim * (stream.rows * wide + TILE * size) + stream.rows * wide,
-        stream.rows * TILE * dim * PRODUCTS[dtype],
-        triton.cdiv(batch, stream.rows) * triton.cdiv(capacity, TILE),
-        dim * (batch * wide + capacity * size) + batch * triton.cdiv(capacity, TILE) * wide,
-    )
-    moved = dim * (gather.rows * wide + gather.slots * size) + gather.rows * gather.slots * wide
-    candidates = (moved, gather.rows * gather.slots * dim * PRODUCTS[dtype], 0, 0)
-    one_row = Launch(1, 0, 0, padded(dim), _warps(dim), 3)
-    bare = {"occupied_ptr": None, "inverse_ptr": None}
-    gathered = (CHOSEN * (dim * size + 8 + wide), 0, 0, 0)
-    gradient = _embeddings_gradient_kernel
-    return [
-        specimen("maxima", _tile_maxima_kernel, stream, maxima, **bare),
-        specimen("maxima, every option", _tile_maxima_kernel, stream, (*maxima[:2], 0, 0)),
-        specimen("candidates", _candidates_kernel, gather, candidates, **bare),
-        specimen("candidates, every option", _candidates_kernel, gather, candidates),
-        specimen("keep largest", _keep_largest_kernel, one_row._replace(warps=4), (WIDTH * wide, 0, 0, 0), BLOCK=WIDTH),
-        specimen("gradient", gradient, one_row, gathered, NORMALIZE=False, BLOCK_CHOSEN=CHOSEN),
-        specimen("gradient, normalized", gradient, one_row, gathered, NORMALIZE=True, BLOCK_CHOSEN=CHOSEN),
-    ]

@@ -28,27 +28,13 @@ read back to the host. A broken (non-finite) embedding passes nothing to the pro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from protomem_kernels.backends.triton.cosines import PRODUCTS, cosines, inverse_lengths, weigh
-from protomem_kernels.backends.triton.launch import (
-    Launch,
-    accumulation,
-    architecture,
-    choose_product,
-    compute_dtype,
-    padded,
-    processors,
-    row_block,
-    split,
-    triton_type,
-)
-from protomem_kernels.backends.triton.specimens import CENTRE, Specimen, arguments
+from protomem_kernels.backends.triton.cosines import cosines, inverse_lengths, weigh
+from protomem_kernels.backends.triton.launch import architecture, choose, compute_dtype, padded, processors, split
 from protomem_kernels.backends.triton.tiles import (
     dot,
     load_present,
@@ -383,7 +369,7 @@ def margin_softmax_logits(
     if logits.numel() == 0:
         return logits
     has_form = threshold is not None and coefficients is not None
-    launch = choose_product("stream", architecture(x.device), compute_dtype(x, prototypes), dim)
+    launch = choose("cosines", architecture(x.device), compute_dtype(x, prototypes), dim)
     _logits_kernel[(triton.cdiv(batch, launch.rows) * triton.cdiv(capacity, launch.slots),)](
         logits,
         x,
@@ -437,7 +423,7 @@ def margin_softmax_logits_backward(
         return torch.zeros_like(x), grad_prototypes.zero_(), x.new_zeros(batch)
     narrow_products = compute_dtype(x, prototypes) == torch.bfloat16
     dtype = torch.bfloat16 if narrow_products else x.dtype
-    launch = choose_product("other", architecture(x.device), dtype, dim)
+    launch = choose("products", architecture(x.device), dtype, dim)
     inverse = inverse_lengths(prototypes, x.dtype) if normalize_prototypes else None
     alive = torch.isfinite(x).all(dim=1)
     unfinished = normalize_prototypes and need_prototypes and prototypes.dtype != x.dtype
@@ -530,8 +516,8 @@ def margin_softmax_logits_backward(
             **launch.options(),
         )
         if normalize_prototypes:
-            slots = row_block(padded(dim))
-            _normalisation_kernel[(triton.cdiv(width, slots),)](
+            how = choose("normalisation", architecture(x.device), dtype, dim)
+            _normalisation_kernel[(triton.cdiv(width, how.slots),)](
                 grad_w,
                 grad_unit,
                 w,
@@ -541,10 +527,9 @@ def margin_softmax_logits_backward(
                 dim,
                 *w.stride(),
                 _stride(occupied),
-                BLOCK_SLOTS=slots,
+                BLOCK_SLOTS=how.slots,
                 BLOCK_COLUMNS=padded(dim),
-                num_warps=4,
-                enable_fp_fusion=True,
+                **how.options(),
             )
     return partial[0] if parts == 1 else partial.sum(dim=0), grad_prototypes, _at_targets(grad, targets)
 
@@ -557,71 +542,3 @@ def _at_targets(grad: Tensor, targets: Tensor) -> Tensor:
 
 def _stride(vector: Tensor | None) -> int:
     return 0 if vector is None else vector.stride(0)
-
-
-def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
-    """Describe the kernels for the compile tests and the static report: bare, and with every option."""
-    (batch, capacity), size, wide = CENTRE, dtype.itemsize, accumulation(dtype).itemsize
-    narrow_products = dtype == torch.bfloat16
-    stream = choose_product("stream", arch, dtype, dim)
-    other = choose_product("other", arch, dtype if narrow_products else accumulation(dtype), dim)
-    types = {"prototypes_ptr": f"*{triton_type(dtype)}", "targets_ptr": "*i64", "occupied_ptr": "*i1"}
-    types |= {"grad_w_ptr": f"*{triton_type(dtype)}", "alive_ptr": "*i1", "scale": "fp64"}
-    aligned = ("capacity", "width", "dim", "part", "stride_grad_row", "stride_h_row", "stride_x_row", "stride_w_row")
-    types |= dict.fromkeys(["batch", "first", *aligned], "i32")
-    bare = dict.fromkeys(["occupied_ptr", "inverse_ptr", "threshold_ptr", "coefficients_ptr"])
-
-    def specimen(name: str, kernel: Any, launch: Launch, work: tuple[int, ...] = (0,) * 4, **fixed: Any) -> Specimen:
-        pointers = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
-        moved, multiplied, tiles, least = work
-        return Specimen(
-            name=name,
-            **arguments(
-                kernel,
-                dict.fromkeys(pointers, f"*{triton_type(accumulation(dtype))}") | types,
-                launch.blocks() | {"CONTINUES": True, "NARROW": narrow_products} | fixed,
-            ),
-            warps=launch.warps,
-            stages=launch.stages,
-            aligned=aligned,
-            matrix_bound=multiplied > 0,
-            bytes_per_tile=moved,
-            operations_per_tile=2 * multiplied,
-            tiles=tiles,
-            least_bytes=least,
-        )
-
-    rows, slots, *_ = stream
-    forward = (
-        dim * (rows * wide + slots * size) + rows * slots * wide,
-        rows * slots * dim * PRODUCTS[dtype],
-        triton.cdiv(batch, rows) * triton.cdiv(capacity, slots),
-        dim * (batch * wide + capacity * size) + batch * capacity * wide,
-    )
-    rows, slots, depth, columns, *_ = other
-    across = triton.cdiv(dim, columns)
-    gradients = 1 if narrow_products or accumulation(dtype) == torch.float64 else 3
-    slopes = (dim * (rows * wide + slots * size) + 2 * rows * slots * wide, rows * slots * dim * PRODUCTS[dtype], 0, 0)
-    embeddings = (
-        depth * (rows * wide + columns * size),
-        rows * depth * columns * gradients,
-        triton.cdiv(batch, rows) * triton.cdiv(capacity, depth) * across,
-        dim * (batch * wide + capacity * size) + batch * capacity * wide,
-    )
-    prototypes = (
-        depth * (slots + columns) * wide,
-        slots * depth * columns * gradients,
-        triton.cdiv(batch, depth) * triton.cdiv(capacity, slots) * across,
-        dim * (batch * wide + capacity * size) + batch * capacity * wide,
-    )
-    per_row = Launch(0, row_block(padded(dim)), 0, padded(dim), 4, 1)
-    return [
-        specimen("logits", _logits_kernel, stream, forward, **bare),
-        specimen("logits, every option", _logits_kernel, stream, (*forward[:2], 0, 0)),
-        specimen("slopes", _slopes_kernel, other, slopes),
-        specimen("gradient of embeddings", _embeddings_gradient_kernel, other, embeddings, **bare, CONTINUES=False),
-        specimen("gradient of embeddings, every option", _embeddings_gradient_kernel, other, (*embeddings[:2], 0, 0)),
-        specimen("gradient of prototypes", _prototypes_gradient_kernel, other, prototypes, **bare),
-        specimen("gradient of prototypes, every option", _prototypes_gradient_kernel, other, (*prototypes[:2], 0, 0)),
-        specimen("normalisation", _normalisation_kernel, per_row, (per_row.slots * dim * (2 * size + wide), 0, 0, 0)),
-    ]

@@ -51,6 +51,7 @@ def sanitizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     leave_out(f"what -fsanitize={request.param} builds does not start here: {started.stderr}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_stress_program_is_clean(sanitizer: tuple[str, list[str]], program: str, tmp_path: Path) -> None:
     name, launcher = sanitizer

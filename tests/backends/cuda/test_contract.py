@@ -24,6 +24,7 @@ SUITES = {
 LONG = "64x9001x8"  # 10^8 operations and more for a product
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("PROTOMEM_CUDA_HOST" in os.environ, reason="the process under the sanitizers has enough to do")
 @pytest.mark.parametrize("operator", SUITES)
 def test_the_contract_holds(operator: str) -> None:

@@ -16,7 +16,7 @@ from benchmarks.static.counting import Count, kernel_modules
 from benchmarks.static.gpus import LIMITS
 from benchmarks.static.report import occupancy
 from protomem_kernels.backends import triton as kernels
-from protomem_kernels.backends.triton import OPERATORS
+from protomem_kernels.backends.operators import OPERATORS, file_of
 from protomem_kernels.backends.triton.launch import SHARED_MEMORY, Launch
 from tests.benchmarks.static.counting import counted
 
@@ -62,6 +62,7 @@ MATRIX_BOUND += [(arch, "float32", 512) for arch in (80, 90, 100)]
 MATRIX_BOUND += [(86, "float16", 128), (100, "float16", 128), (90, "float16", 512)]
 
 
+@pytest.mark.slow
 @each_module
 def test_what_is_shipped(module: str) -> None:
     check(module, ALL)
@@ -91,8 +92,7 @@ def test_the_launch_table_knows_the_limits() -> None:
 def test_every_launch_says_whether_products_and_sums_fuse() -> None:
     """Triton warns where a launch leaves it open, because its default is about to change; the tests compile fused."""
     launches, silent = 0, []
-    for module in kernel_modules():
-        file = Path(kernels.__file__).parent / f"{module.rsplit('.', 1)[1]}.py"
+    for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launches += 1
@@ -105,8 +105,5 @@ def test_every_launch_says_whether_products_and_sums_fuse() -> None:
 
 
 def test_every_operator_is_described() -> None:
-    assert (
-        {f"protomem_kernels.backends.triton.{module}" for module in OPERATORS.values()}
-        <= set(kernel_modules())
-        != set()
-    )
+    described = {f"protomem_kernels.backends.triton.specimens.{file_of(operator)}" for operator in OPERATORS}
+    assert set() != described <= set(kernel_modules())

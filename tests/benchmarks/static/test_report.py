@@ -12,7 +12,7 @@ from benchmarks.static.counting import Count
 from benchmarks.static.gpus import GPUS
 
 OURS = Count(
-    module="protomem_kernels.backends.triton.negative_logsumexp",
+    module="protomem_kernels.backends.triton.specimens.negative_logsumexp",
     name="forward",
     arch=90,
     dtype="bfloat16",
