@@ -1,4 +1,4 @@
-"""The command line: ``protomem train`` and its neighbours. Needs the ``train`` extra."""
+"""The command line: ``protomem train`` and its neighbours. All but ``protomem env`` needs the ``train`` extra."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def check_needed(command: str) -> None:
 
 def main() -> None:
     """Run the ``protomem`` command."""
+    if sys.argv[1:] == ["env"]:  # also where there is nothing but torch
+        from protomem_kernels.cli.env import env
+
+        return env()
     check_needed("the protomem command")
     from protomem_kernels.cli.app import app
 

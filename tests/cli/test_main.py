@@ -39,3 +39,14 @@ def test_importing_the_package_leaves_the_extras_alone():
     code = f"import sys, protomem_kernels; print(sorted({extras} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_env_needs_nothing_but_torch():
+    code = (
+        "import sys; sys.argv = ['protomem', 'env']; from protomem_kernels.cli import main; main(); "
+        "print(sorted({'typer', 'rich', 'PIL', 'sklearn', 'matplotlib', 'tensorboard'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "[]"
+    assert "reference  yes" in done.stdout

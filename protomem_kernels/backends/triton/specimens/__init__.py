@@ -1,7 +1,7 @@
 """What the compile tests and the static report ask of every kernel: how it would be launched on an architecture.
 
-A module of this folder describes the kernels of the file of its name with ``specimens(arch, dtype, dim)``; nothing is
-launched, and no GPU is needed.
+A module of this folder describes the kernels of the operator, or the shared ones of the file, of its name with
+``specimens(arch, dtype, dim)``; nothing is launched, and no GPU is needed.
 """
 
 from __future__ import annotations
