@@ -8,6 +8,7 @@ machine code, through the tools in Triton's wheel: what ``cuobjdump`` says about
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -18,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +80,10 @@ def kernel_modules() -> list[str]:
 
 
 def count_all(jobs: Iterable[Job], processes: int = 2) -> list[Count]:
-    """Return the counts of every job, in order; each job runs in one of several fresh processes."""
+    """Return the counts of every job, in order: counted in so many fresh processes, or, if that is one, in this one."""
     jobs = list(jobs)
+    if processes == 1:
+        return [count for job in jobs for count in count_job(job)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return [count for counts in pool.map(count_job, jobs) for count in counts]
 
@@ -100,7 +102,7 @@ def _count(job: Job, specimen: Specimen) -> Count:
     compiled = compile_for(specimen, job.arch, job.dim)
     registers, stack = resources(compiled.asm["cubin"])
     codes = instructions(compiled.asm["cubin"])
-    matching = partial(_matching, codes)
+    matching = functools.partial(_matching, codes)
     return Count(
         module=job.module,
         arch=job.arch,
@@ -189,9 +191,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+@functools.cache  # a kernel whose size is known at run time alone is the same code for many sizes
 def instructions(cubin: bytes) -> Counter[str]:
-    """Return how often every instruction stands in the machine code."""
-    return Counter(INSTRUCTION.findall(_tool("nvdisasm", ["-c"], cubin)))
+    """Return how often every instruction stands in the machine code; where its branches lead is not looked into."""
+    return Counter(INSTRUCTION.findall(_tool("nvdisasm", ["-c", "-ndf"], cubin)))
 
 
 def _tool(name: str, options: Sequence[str], cubin: bytes) -> str:

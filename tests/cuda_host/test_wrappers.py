@@ -51,7 +51,7 @@ def test_vectors_of_16_bytes(kernels: build.Kernels, dtype: torch.dtype) -> None
 def test_a_misaligned_vector_is_an_error(kernels: build.Kernels) -> None:
     x = torch.randn(128)
     with pytest.raises(
-        build.KernelError, match=r"misaligned: a vector of 16 bytes(.|\n)*twice<float>(.|\n)*common\.cpp"
+        build.KernelError, match=r"misaligned: a vector of 16 bytes(.|\n)*twice<float>(.|\n)*wrappers\.cpp"
     ):
         kernels.call("twice_float32", x[1:], torch.empty(128), 64)
 
