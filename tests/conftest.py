@@ -63,9 +63,22 @@ def tensors_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Under coverage Python runs at half its speed, above all Triton's interpreter: it is on where lines of the package
+# would not run otherwise, once.
+NOT_COVERED = ("tests/backends/cuda/", "tests/cuda_host/", "tests/benchmarks/static/")
+COVERED_IN_THE_INTERPRETER = ("tests/backends/triton/", "tests/ops/test_registration.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the slow tests, so that none of them is left for one process alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if not config.pluginmanager.hasplugin("_cov"):
+        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        covered = item.nodeid.startswith(COVERED_IN_THE_INTERPRETER if interpreted else NOT_COVERED) == interpreted
+        if not covered:
+            item.add_marker("no_cover")
 
 
 @pytest.hookimpl(wrapper=True)

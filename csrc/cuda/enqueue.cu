@@ -70,9 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enqueue(const Tensor& memory_prototyp
   const Vector identity = vector(identities, "identities");
 
   with_type(memory.rows.dtype, [&](auto zero) {
-    using A = Accumulator<decltype(zero)>;
+    using T = decltype(zero);
+    using A = Accumulator<T>;
     with_bool(takes_vectors<A, width_of<A, true>>(p), [&](auto vectors) {
-      LAUNCH((prepare_kernel<A, vectors.value>), std::max(1u, blocks(P, prepare_threads / warp_lanes)), prepare_threads,
+      LAUNCH((prepare_kernel<T, vectors.value>), std::max(1u, blocks(P, prepare_threads / warp_lanes)), prepare_threads,
              0, stream, memory, p, identity, notes, outputs);
     });
   });

@@ -24,5 +24,5 @@ def counted(module: str, *jobs: tuple[int, str, int], matrix_bound_only: bool = 
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr}"
     return [Count(**fields) for fields in json.loads(done.stdout)]
