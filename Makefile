@@ -22,10 +22,10 @@ CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
 
-# While nvcc is at the last, longest file, the other core has the rest to do. What is timed runs alone.
 # Threads that wait give way: there are as many processes as cores, and spinning ones cost each of them half its time.
 PYTEST   := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
-# What the tests need is made side by side; the output stays in order where make can do that (4.0 and later).
+# What the tests need is made side by side: while nvcc is at its last, longest file, the other core has the rest to do.
+# The output stays in order where make can do that (4.0 and later). What is timed runs alone.
 TOGETHER := -j 4 $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 test:
 	$(MAKE) $(TOGETHER) lint types extension $(CUDA_PART)
@@ -101,7 +101,7 @@ $(CUDA_BUILT): $(READY) setup.py $(CUDA_FILES)
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	PROTOMEM_BUILD_CUDA=keep $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY) $(BUILT)
 

@@ -34,6 +34,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", HEADS)
 def test_a_compiled_head_equals_eager(name: str) -> None:
     results = []

@@ -944,6 +944,7 @@ def test_a_refused_call_changes_nothing(bad):
 
 
 # Compiling takes tens of seconds a case: two cases, one per mode that has a graph of its own.
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mode", ["none", "fresh"])
 def test_compiled_equals_eager(mode):
     eager, compiled_head = (head(mode, dtype=torch.float32) for _ in range(2))

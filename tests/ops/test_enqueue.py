@@ -169,7 +169,7 @@ def machine_test(place: str, policy: str) -> type:
     backend, marks = PLACES[place]
     machine = type(f"{place}_{policy}", (MemoryMachine,), {"backend": backend, "policy": policy})
     case: type = machine.TestCase
-    case.pytestmark = marks
+    case.pytestmark = [*marks, pytest.mark.no_cover]
     # Triton's interpreter needs some 20 ms per row written: fewer and shorter histories there.
     examples, steps = (20, 20) if interpreted(backend) else (200, 50)
     case.settings = settings(max_examples=examples, stateful_step_count=steps, deadline=None)

@@ -90,6 +90,7 @@ def test_opcheck(backend: str, call: str) -> None:
     assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.no_cover
 @each_backend
 @pytest.mark.parametrize(
     ("mining", "compiler"),
@@ -119,6 +120,7 @@ def test_compiled_loss_equals_eager(backend: str, mining: object, compiler: str)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.no_cover
 @each_backend
 def test_compiled_operators_equal_eager(backend: str) -> None:
     x, w, targets, occupied = inputs((6, 50, 4), torch.float32)
