@@ -161,7 +161,7 @@ class PrototypeMemoryLoss(nn.Module):
         )
         result = loss_over_banks(
             embeddings,
-            Banks(banks, normalize_prototypes=False),
+            banks,
             margin=self.margin,
             scale=self.scale,
             mining=self.mining,
@@ -178,7 +178,7 @@ class PrototypeMemoryLoss(nn.Module):
         """Look the batch's identities up; nothing is written."""
         targets = _show_broken(self.memory.lookup(labels), embeddings, labels)
         bank = Bank(self.memory.prototypes, targets, self.memory.occupied)
-        return _Step(targets, [bank], torch.zeros(3, dtype=torch.int64, device=targets.device))
+        return _Step(targets, Banks([bank]), torch.zeros(3, dtype=torch.int64, device=targets.device))
 
     def _write(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> _Step:
         """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
@@ -205,19 +205,21 @@ class PrototypeMemoryLoss(nn.Module):
             return _Step(targets, self._fresh_banks(made, slots, known, previous, targets), counts)
         if self.prototype_gradient == "memory":
             self._clear_optimizer_state(torch.where(entered, slots, -1))
-        return _Step(targets, [Bank(self.memory.prototypes, targets, self.memory.occupied)], counts)
+        return _Step(targets, Banks([Bank(self.memory.prototypes, targets, self.memory.occupied)]), counts)
 
     def _fresh_banks(
         self, made: AggregatedPrototypes, slots: Tensor, known: Tensor, previous: Tensor, targets: Tensor
-    ) -> list[Bank]:
+    ) -> Banks:
         """Return the memory without the slots written in this step, and the rows in them with their graph."""
         old = previous.to(made.prototypes.dtype)
         fresh = refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
         written = _slot_mask(slots, self.memory.capacity)
-        return [
-            Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
-            Bank(fresh, torch.where(targets >= 0, made.index, -1), slots >= 0),
-        ]
+        return Banks(
+            [
+                Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
+                Bank(fresh, torch.where(targets >= 0, made.index, -1), slots >= 0),
+            ]
+        )
 
     def _clear_optimizer_state(self, slots: Tensor) -> None:
         """Zero the optimiser's memory of the slots (P,) that new identities took; -1 is none."""
@@ -244,7 +246,7 @@ class _Step(NamedTuple):
     """What the loss runs over: samples' slots (B,), banks, and how many entered, were refreshed and left (3,)."""
 
     targets: Tensor
-    banks: list[Bank]
+    banks: Banks
     counts: Tensor
 
 

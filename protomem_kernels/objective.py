@@ -47,7 +47,7 @@ class Banks:
         normalize_prototypes: scale their rows to unit length first.
     """
 
-    def __init__(self, banks: Sequence[Bank], normalize_prototypes: bool) -> None:
+    def __init__(self, banks: Sequence[Bank], normalize_prototypes: bool = False) -> None:
         self.banks, self.normalize_prototypes = banks, normalize_prototypes
 
     def has_target(self) -> Tensor:
@@ -189,7 +189,7 @@ def loss_over_banks(
     """Return ``margin_softmax_loss`` over the union of the banks."""
     check_objective(margin, scale, mining)
     check_choice("reduction", reduction, REDUCTIONS)
-    margin, rule = as_margin(margin), mining or NO_MINING
+    margin, rule = as_margin(margin), NO_MINING if mining is None else mining
 
     counts = banks.has_target()
     x, norm = unit_embeddings(torch.where(counts[:, None], embeddings, 0))
@@ -260,7 +260,7 @@ def margin_softmax_logits(
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
     check_objective(margin, scale, mining)
-    margin, rule = as_margin(margin), mining or NO_MINING
+    margin, rule = as_margin(margin), NO_MINING if mining is None else mining
     if not margin.has_logits:
         raise TypeError(
             f"margin must be a margin on the target's logit, got {type(margin).__name__}, which is no single softmax"
