@@ -19,6 +19,7 @@ OLDEST = (2, 10)  # whose stable ABI the compiled parts use (TORCH_TARGET_VERSIO
 any_autocast = torch._C._is_any_autocast_enabled  # quick, where the question for one device reads its name
 count_modes = torch._C._len_torch_dispatch_stack
 transform_level = torch._C._functorch.maybe_current_level
+current_graph_task = torch._C._current_graph_task_id
 
 
 def too_old() -> str | None:
@@ -26,6 +27,11 @@ def too_old() -> str | None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST:
         return None
     return f"it needs torch {'.'.join(map(str, OLDEST))} or newer, and this is torch {torch.__version__}"
+
+
+def within_backward() -> bool:
+    """Say whether this is called from a backward pass: by a hook, or by a forward pass that is computed again."""
+    return bool(current_graph_task() != -1)
 
 
 def has_kernel(overload: Any, device: str) -> bool:

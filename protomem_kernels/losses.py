@@ -14,9 +14,10 @@ from protomem_kernels.memory import PrototypeMemory, sample_slots
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective, loss_over_banks, margin_softmax_loss
 from protomem_kernels.ops import hardest_negatives
-from protomem_kernels.ops.enqueue import enqueue_keeping_previous_
+from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
 from protomem_kernels.rows import normalize_rows_, refreshed_rows
+from protomem_kernels.state import check_parts
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
 PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
@@ -44,12 +45,21 @@ class PrototypeMemoryStats(NamedTuple):
     left: Tensor
 
 
-class PrototypeMemoryLoss(nn.Module):
+class _Head(nn.Module):
+    """A training head: what its parts cannot load is refused before the first of them has changed."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check_parts(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PrototypeMemoryLoss(_Head):
     """Margin softmax against a circular memory of prototypes: one training head, no class count anywhere.
 
     A step in training mode: quality weights, aggregation, enqueue or refresh, loss against the whole memory; so every
     identity of the batch has its target column. In ``eval()`` mode the memory is only read, and samples whose identity
-    is not in it are ignored. All state is in ``state_dict()``.
+    is not in it are ignored; where that leaves none, the mean of their losses is NaN, as a mean over nothing is in
+    PyTorch (in training mode it is 0: a step without labels moves nothing). All state is in ``state_dict()``.
 
     Args:
         embedding_dim: D.
@@ -76,6 +86,11 @@ class PrototypeMemoryLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
+        RuntimeError: from ``load_state_dict``, values that cannot be the state of a memory or of a running statistic;
+            within a backward pass, when activation checkpointing runs a step again that is not the last one.
+
+    Under ``torch.utils.checkpoint`` a forward pass that runs again gets what the step got, and moves nothing; encoder
+    and head may share one region as long as backward follows before the next step.
 
     Example:
         >>> loss_fn = PrototypeMemoryLoss(embedding_dim=2, capacity=8, margin=ArcFace(0.3), scale=8.0)
@@ -133,7 +148,8 @@ class PrototypeMemoryLoss(nn.Module):
         """Let the optimiser that steps ``memory.prototypes`` keep the memory's rules (``prototype_gradient="memory"``).
 
         After each of its steps the rows are scaled back to unit length, and when a new identity takes a slot, the
-        optimiser's state for that slot (momentum and the like) is cleared.
+        optimiser's state for that slot (momentum and the like) is cleared. 8-bit optimisers in bitsandbytes' form have
+        it cleared to their code of zero; other state that is not floating point is refused at the first step.
 
         Raises:
             ValueError: the optimiser does not hold ``memory.prototypes``, or the prototypes are no parameter.
@@ -168,11 +184,10 @@ class PrototypeMemoryLoss(nn.Module):
             reduction=self.reduction,
             return_stats=return_stats,
         )
-        if not return_stats:
-            assert isinstance(result, Tensor)
-            return result
-        loss, seen = result
-        return loss, self._stats(embeddings, targets, seen, counts)
+        loss, seen = result if isinstance(result, tuple) else (result, None)
+        if self.reduction == "mean" and not self.training:
+            loss = torch.where((targets >= 0).any(), loss, torch.nan)
+        return loss if seen is None else (loss, self._stats(embeddings, targets, seen, counts))
 
     def _read(self, embeddings: Tensor, labels: Tensor) -> _Step:
         """Look the batch's identities up; nothing is written."""
@@ -190,13 +205,8 @@ class PrototypeMemoryLoss(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prototype_gradient == "fresh"):
             made = self.memory.aggregate(embeddings, labels, weights)
 
-        slots, evicted, known, previous = enqueue_keeping_previous_(
-            self.memory.state,
-            made.prototypes,
-            made.identities,
-            refresh_ratio=self.memory.refresh_ratio,
-            policy=self.memory.policy,
-            keep_previous=self.prototype_gradient == "fresh",
+        slots, evicted, known, previous = self.memory.enqueue_keeping_previous(
+            made, keep_previous=self.prototype_gradient == "fresh"
         )
         targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
         entered = (slots >= 0) & ~known
@@ -224,10 +234,7 @@ class PrototypeMemoryLoss(nn.Module):
     def _clear_optimizer_state(self, slots: Tensor) -> None:
         """Zero the optimiser's memory of the slots (P,) that new identities took; -1 is none."""
         assert self._optimizer is not None
-        mask = _slot_mask(slots, self.memory.capacity)[:, None]
-        for value in self._optimizer.state.get(self.memory.prototypes, {}).values():
-            if isinstance(value, Tensor) and value.shape == self.memory.prototypes.shape:
-                value.masked_fill_(mask, 0)
+        clear_rows(self._optimizer, self.memory.prototypes, _slot_mask(slots, self.memory.capacity))
 
     @torch.no_grad()
     def _stats(
@@ -266,7 +273,7 @@ def _show_broken(targets: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
     return torch.where(broken, 0, targets)
 
 
-class MarginSoftmaxLoss(nn.Module):
+class MarginSoftmaxLoss(_Head):
     """Margin softmax over learnable class weights: what an ArcFace head is, with the (B, C) logits never materialised.
 
     Args:

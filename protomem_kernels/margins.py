@@ -2,7 +2,8 @@
 
 A margin is any callable ``(target_cosine (B,), embedding_norm (B,)) -> modified target cosine (B,)`` in plain PyTorch,
 or, where it has more to say, a ``Margin``. Those without state are frozen dataclasses; those with running statistics
-are ``nn.Module``s whose buffers are saved. A new one is a class that overrides ``bind``, a test and a line in the docs.
+or a generator are ``nn.Module``s whose state is saved. A new one is a class that overrides ``bind``, a test and a line
+in the docs.
 
 All angles are radians. theta is the angle between an embedding and its prototype, c = cos(theta).
 """
@@ -10,15 +11,17 @@ All angles are radians. theta is the angle between an embedding and its prototyp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from protomem_kernels._checks import check_choice, check_number
+from protomem_kernels.recomputation import Replay
+from protomem_kernels.state import StatefulModule, check_statistic
 
 CosineMap: TypeAlias = Callable[[Tensor], Tensor]
 PLAIN_SOFTPLUS = 50.0  # beyond it softplus(u) = u to the last bit of float64
@@ -275,7 +278,7 @@ class SphereFace(Margin):
         return (1 - 2 * (k % 2)) * angle.cos() - 2 * k
 
 
-class AdaFace(nn.Module, Margin):
+class AdaFace(StatefulModule, Margin):
     """Margin that adapts to image quality, read off the embedding's norm.
 
     With g = clip(h (|x| - mu) / (sigma + 1e-3), -1, 1): cos(theta - m g) - m (1 + g), the angle clipped to (0, pi).
@@ -287,10 +290,12 @@ class AdaFace(nn.Module, Margin):
         h: concentration, >= 0.
         momentum: share of the new batch in the running statistics, in (0, 1].
 
-    Buffers: ``mean`` () and ``std`` () float32, starting at 20 and 100.
+    Buffers: ``mean`` () and ``std`` () float32 whatever ``module.to(dtype)`` says, starting at 20 and 100.
 
     Source: Kim et al., AdaFace, arXiv 2204.00964.
     """
+
+    KEEPS_DTYPE = ("mean", "std")
 
     mean: Tensor
     std: Tensor
@@ -301,12 +306,25 @@ class AdaFace(nn.Module, Margin):
         check_number("h", h, low=0)
         check_number("momentum", momentum, low=0, high=1, open_low=True)
         self.m, self.h, self.momentum = m, h, momentum
-        self.register_buffer("mean", torch.tensor(20.0))
-        self.register_buffer("std", torch.tensor(100.0))
+        self.register_buffer("mean", torch.empty((), dtype=torch.float32))
+        self.register_buffer("std", torch.empty((), dtype=torch.float32))
+        self._updated: Replay[None] = Replay("AdaFace's update")
+        self.reset_parameters()
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return f"m={self.m}, h={self.h}, momentum={self.momentum}"
+
+    def reset_parameters(self) -> None:
+        """Start over with the statistics of a new module."""
+        self.mean.fill_(20.0)
+        self.std.fill_(100.0)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise if these are no mean and standard deviation of norms."""
+        for name in ("mean", "std"):
+            if name in state:
+                check_statistic(name, state[name], low=0)
 
     @torch.no_grad()
     def _update(self, norm: Tensor, counts: Tensor) -> None:
@@ -322,7 +340,8 @@ class AdaFace(nn.Module, Margin):
         raw = embedding_norm.detach()
         norm = raw.clamp(1e-3, 100)
         if self.training:
-            self._update(norm, (raw > 0) & torch.isfinite(raw))
+            counts = (raw > 0) & torch.isfinite(raw)
+            self._updated(lambda: self._update(norm, counts), inputs=(raw,), state=(self.mean, self.std))
         g = (self.h * (norm - self.mean.to(norm.dtype)) / (self.std.to(norm.dtype) + 1e-3)).clamp(-1, 1)
 
         def apply(cosine: Tensor) -> Tensor:
@@ -377,34 +396,77 @@ class MagFace(Margin):
         return self.regularizer * (a / self.u_a**2 + 1 / a)
 
 
-@dataclass(frozen=True)
-class ElasticFace(Margin):
+class ElasticFace(StatefulModule, Margin):
     """ArcFace or CosFace with a margin drawn anew for every sample from a normal distribution.
 
     Args:
         m: mean of the margin; radians for "arc", a difference of cosines for "cos".
         std: its standard deviation, >= 0.
         kind: "arc" or "cos".
-        generator: where the margins are drawn from, on the embeddings' device. Default: PyTorch's own.
+        generator: where the margins are drawn from, on the embeddings' device. Default: PyTorch's own, whose state is
+            for the training script to save, as with dropout.
+
+    State: with a ``generator`` its state, ``generator_state`` in ``state_dict()``, so that a resumed run draws on.
 
     Source: Boutros et al., ElasticFace, arXiv 2109.09416.
     """
 
-    m: float = 0.5
-    std: float = 0.05
-    kind: str = "arc"
-    generator: torch.Generator | None = field(default=None, compare=False)
+    def __init__(
+        self, m: float = 0.5, std: float = 0.05, kind: str = "arc", generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        check_number("m", m, low=0)
+        check_number("std", std, low=0)
+        check_choice("kind", kind, ("arc", "cos"))
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        self.m, self.std, self.kind, self.generator = m, std, kind, generator
+        self._drawn: Replay[Tensor] = Replay("ElasticFace's draw")
 
-    def __post_init__(self) -> None:
-        check_number("m", self.m, low=0)
-        check_number("std", self.std, low=0)
-        check_choice("kind", self.kind, ("arc", "cos"))
+    def extra_repr(self) -> str:
+        """Return the settings for ``repr``."""
+        return f"m={self.m}, std={self.std}, kind={self.kind!r}"
+
+    def reset_parameters(self) -> None:
+        """Start the generator over at its seed, if there is one."""
+        if self.generator is not None:
+            self.generator.manual_seed(self.generator.initial_seed())
 
     def bind(self, embedding_norm: Tensor) -> TargetMap:
         """Draw the margins of a batch and return the function that applies them."""
         shape, dtype, device = embedding_norm.shape, embedding_norm.dtype, embedding_norm.device
-        m = self.m + self.std * torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+
+        def draw() -> Tensor:
+            return self.m + self.std * torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+
+        m = self._drawn(draw, inputs=(embedding_norm,), state=())
         return angular(m) if self.kind == "arc" else subtractive(m)
+
+    def forward(self, target_cosine: Tensor, embedding_norm: Tensor) -> Tensor:
+        """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
+        return self.bind(embedding_norm)(target_cosine)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.generator is not None:
+            destination[prefix + "generator_state"] = self.generator.get_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        key = prefix + "generator_state"
+        if self.generator is not None:
+            if key in state_dict:
+                self.generator.set_state(state_dict.pop(key).cpu())
+            elif strict:
+                missing_keys.append(key)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor, check_weights
 from protomem_kernels.identities import find_slots
-from protomem_kernels.ops import aggregate_prototypes, enqueue_, hardest_negatives
-from protomem_kernels.ops.enqueue import POLICIES
+from protomem_kernels.ops import aggregate_prototypes, hardest_negatives
+from protomem_kernels.ops.enqueue import POLICIES, enqueue_keeping_previous_
+from protomem_kernels.recomputation import Replay, versions
+from protomem_kernels.rows import normalize_rows_
+from protomem_kernels.state import StatefulModule
 from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
 
 
-class PrototypeMemory(nn.Module):
+class PrototypeMemory(StatefulModule):
     """A limited memory of recent prototypes: made from the batch, refreshed on return, the oldest dequeued.
 
     The five state tensors are persistent buffers (``prototypes`` a parameter if ``learnable``): ``state_dict()``
-    round-trips, and training continues bit for bit, the ring's position included.
+    round-trips, and training continues bit for bit, the ring's position included. ``module.to(dtype)`` changes the
+    dtype of ``prototypes`` alone; rows that come out of a coarser dtype are scaled to unit length again.
+
+    A state that is loaded, or that something else has written since the memory did (an average of weights with
+    ``use_buffers=True``, say, which makes up identities that never existed), is validated once before it is used.
 
     Args:
         capacity: M, the number of slots.
@@ -29,6 +39,10 @@ class PrototypeMemory(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
+        RuntimeError: from ``load_state_dict``, a state that cannot be; nothing is loaded then.
+        ValueError: from later calls, such a state that something else has written (``MemoryState.validate``).
+        RuntimeError: from ``update`` in a forward pass that activation checkpointing runs again, when the memory has
+            moved on since: it cannot take part in the step that was.
 
     Example:
         >>> memory = PrototypeMemory(capacity=4, embedding_dim=2)
@@ -39,6 +53,8 @@ class PrototypeMemory(nn.Module):
 
     Source: Smirnov et al., Prototype Memory, arXiv 2105.02103.
     """
+
+    KEEPS_DTYPE = ("identities", "stamps", "cursor", "clock")
 
     prototypes: Tensor
     identities: Tensor
@@ -66,8 +82,11 @@ class PrototypeMemory(nn.Module):
             self.prototypes = nn.Parameter(state.prototypes)
         else:
             self.register_buffer("prototypes", state.prototypes)
-        for name in ("identities", "stamps", "cursor", "clock"):
+        for name in self.KEEPS_DTYPE:
             self.register_buffer(name, getattr(state, name))
+        self._enqueued: Replay[tuple[Tensor, Tensor, Tensor, Tensor]] = Replay("a memory's update")
+        self._known: tuple[Tensor, int] | None = None  # identities, and how often they were written when last seen
+        self._note_identities()
 
     @property
     def capacity(self) -> int:
@@ -106,11 +125,12 @@ class PrototypeMemory(nn.Module):
         )
 
     def check(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        """Check a batch against the memory.
+        """Check a batch against the memory, and the memory if something else has written it.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        self._validate_foreign_state()
         check_batch(embeddings, labels)
         if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(
@@ -138,8 +158,30 @@ class PrototypeMemory(nn.Module):
 
     def enqueue(self, aggregated: AggregatedPrototypes) -> EnqueueResult:
         """Refresh or enqueue the batch's prototypes."""
+        slots, evicted, _, _ = self.enqueue_keeping_previous(aggregated, keep_previous=False)
+        return EnqueueResult(slots, evicted)
+
+    def enqueue_keeping_previous(
+        self, aggregated: AggregatedPrototypes, *, keep_previous: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Do what ``enqueue`` does and return more, as ``ops.enqueue.enqueue_keeping_previous_`` does.
+
+        A forward pass that activation checkpointing runs again gets what the step got; the memory does not move.
+        """
         made = aggregated.prototypes, aggregated.identities
-        return enqueue_(self.state, *made, refresh_ratio=self.refresh_ratio, policy=self.policy)
+
+        def move() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return enqueue_keeping_previous_(
+                self.state,
+                *made,
+                refresh_ratio=self.refresh_ratio,
+                policy=self.policy,
+                keep_previous=keep_previous,
+            )
+
+        result = self._enqueued(move, inputs=made, state=(self.identities, self.clock))
+        self._note_identities()
+        return result
 
     @torch.no_grad()
     def update(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -160,6 +202,7 @@ class PrototypeMemory(nn.Module):
     def lookup(self, labels: Tensor) -> Tensor:
         """Return the slot of each label (B,) int64, -1 where it is not in the memory or negative."""
         check_tensor("labels", labels, 1, "(B,)", floating=False)
+        self._validate_foreign_state()
         return find_slots(self.identities, labels)
 
     @torch.no_grad()
@@ -189,6 +232,70 @@ class PrototypeMemory(nn.Module):
         self.identities.fill_(-1)
         for tensor in (self.stamps, self.cursor, self.clock):
             tensor.zero_()
+        self._note_identities()
+
+    def reset_parameters(self) -> None:
+        """Forget every identity and start over: ``reset`` by the name that PyTorch looks for."""
+        self.reset()
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise if this is not the state of a memory of this size, or of none at all.
+
+        Raises:
+            TypeError, ValueError: naming the tensor, what was expected and what came.
+        """
+        missing = [name for name in MemoryState._fields if name not in state]
+        if missing:
+            if len(missing) == len(MemoryState._fields):
+                return  # PyTorch itself reports what lacks
+            raise ValueError(f"a memory's five tensors must come together, {', '.join(missing)} lack")
+        loaded = MemoryState(**{name: state[name] for name in MemoryState._fields})
+        if loaded.prototypes.shape != self.prototypes.shape:
+            raise ValueError(
+                f"prototypes must have shape {tuple(self.prototypes.shape)} like this memory's, "
+                f"got {tuple(loaded.prototypes.shape)}"
+            )
+        loaded.validate("")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        value = state_dict.get(prefix + "prototypes")
+        if isinstance(value, Tensor):
+            self._rescale_rows_from(value.dtype)
+        self._note_identities()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = self.prototypes.dtype
+        super()._apply(fn, recurse)
+        self._rescale_rows_from(dtype)
+        self._note_identities()
+        return self
+
+    def _rescale_rows_from(self, dtype: torch.dtype) -> None:
+        """Scale rows that were rounded to a coarser dtype to unit length: they are to the rounding of that one."""
+        if torch.finfo(dtype).eps > torch.finfo(self.prototypes.dtype).eps and not self.prototypes.is_meta:
+            normalize_rows_(self.prototypes.detach())
+
+    def _note_identities(self) -> None:
+        """Remember which identities are this memory's own work, or were validated."""
+        if not torch.compiler.is_compiling():
+            self._known = self.identities, versions([self.identities])[0]
+
+    def _validate_foreign_state(self) -> None:
+        """Validate the state if something else has written the identities; otherwise two comparisons."""
+        if torch.compiler.is_compiling() or self.identities.is_meta:
+            return
+        if (
+            self._known is None
+            or self._known[0] is not self.identities
+            or self._known[1] != versions([self.identities])[0]
+        ):
+            self.state.validate("memory")
+            self._note_identities()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Have copies and pickles validate their state once: a copy may be written by what averages weights."""
+        return self.__dict__ | {"_known": None}
 
 
 def sample_slots(slots: Tensor, index: Tensor) -> Tensor:

@@ -7,16 +7,18 @@ overrides one of them, a test and a line in the docs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from protomem_kernels._checks import check_choice, check_int, check_number
 from protomem_kernels.margins import TargetMap
+from protomem_kernels.recomputation import Replay
+from protomem_kernels.state import StatefulModule, check_statistic
 from protomem_kernels.types import HardNegativeForm
 
 # Of each bank of prototypes, the slots (B, k) that count as negatives of each sample; -1 is none.
@@ -84,38 +86,52 @@ class MVSoftmax(MiningRule):
         return HardNegativeForm(target_map(cosine), form, -1.0, a + self.t, a)
 
 
-class CurricularFace(nn.Module, MiningRule):
+class CurricularFace(StatefulModule, MiningRule):
     """Ignore hard negatives early and emphasise them late: where cos > cos(theta + m), it becomes cos (t + cos).
 
-    In training mode t <- momentum mean(c) + (1 - momentum) t before it is used, over the samples that are not ignored;
-    all ranks' samples when ``torch.distributed`` is initialised. cos(theta + m) is the margin without its guard.
+    In training mode t <- momentum mean(c) + (1 - momentum) t before it is used, over the samples that are not ignored.
+    cos(theta + m) is the margin without its guard.
 
     Args:
         momentum: share of the new batch in t, in (0, 1].
+        process_group: of ``torch.distributed``; the mean is then over all its ranks' samples, one all-reduce of two
+            numbers a step. Default: this process alone, without any collective.
 
-    Buffer: ``t`` () float32, starting at 0.
+    Buffer: ``t`` () float32 whatever ``module.to(dtype)`` says, starting at 0.
 
     Source: Huang et al., CurricularFace, arXiv 2004.00288.
     """
 
+    KEEPS_DTYPE = ("t",)
+
     t: Tensor
 
-    def __init__(self, momentum: float = 0.01) -> None:
+    def __init__(self, momentum: float = 0.01, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         check_number("momentum", momentum, low=0, high=1, open_low=True)
-        self.momentum = momentum
-        self.register_buffer("t", torch.zeros(()))
+        self.momentum, self.process_group = momentum, process_group
+        self.register_buffer("t", torch.zeros((), dtype=torch.float32))
+        self._updated: Replay[None] = Replay("CurricularFace's update")
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return f"momentum={self.momentum}"
 
+    def reset_parameters(self) -> None:
+        """Start over with t = 0."""
+        self.t.zero_()
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise if t is no mean of cosines."""
+        if "t" in state:
+            check_statistic("t", state["t"], low=-1.001, high=1.001)  # cosines are rounded, and so was what is loaded
+
     @torch.no_grad()
     def _update(self, cosine: Tensor, counts: Tensor) -> None:
         usable = counts & torch.isfinite(cosine)
         sums = torch.stack([torch.where(usable, cosine, 0).sum(), usable.sum().to(cosine.dtype)])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        if self.process_group is not None:
+            dist.all_reduce(sums, group=self.process_group)
         moved = self.momentum * sums[0] / sums[1].clamp(min=1) + (1 - self.momentum) * self.t
         self.t.copy_(torch.where(sums[1] > 0, moved, self.t))
 
@@ -125,7 +141,7 @@ class CurricularFace(nn.Module, MiningRule):
         """Update t and return tau = cos(theta + m) and the quadratic form."""
         cosine = target_cosine()
         if self.training:
-            self._update(cosine, counts)
+            self._updated(lambda: self._update(cosine, counts), inputs=(cosine, counts), state=(self.t,))
         t = self.t.to(cosine.dtype)
         coefficients = torch.stack([t, torch.zeros_like(t), torch.ones_like(t)])
         # t is a mean of cosines: |t| <= 1, so cos (t + cos) lies in [-1/4, 2] and its slope in [-3, 3].

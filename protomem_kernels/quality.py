@@ -8,7 +8,7 @@ Source: Smirnov et al., Quality-Aware Prototype Memory, arXiv 2311.07734.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor
 from protomem_kernels._torch import without_autocast
+from protomem_kernels.recomputation import Replay
 from protomem_kernels.rows import unit_embeddings
+from protomem_kernels.state import StatefulModule, check_statistic
 
 QualityEstimator = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,7 +58,7 @@ class NormQuality:
         return _finish(torch.where(ratio > 0, positive, float(self.power == 0)), labels, self.detach)
 
 
-class RecognizabilityQuality(nn.Module):
+class RecognizabilityQuality(StatefulModule):
     """q = clip(1 - <x, u>, 0, 1), u the running prototype of unrecognizable images that the user feeds.
 
     Args:
@@ -66,8 +68,11 @@ class RecognizabilityQuality(nn.Module):
         momentum: share of a new batch of unrecognizable images in u, in (0, 1].
         detach: keep the weights out of the gradient.
 
-    Buffer: ``unrecognizable`` (D,), zero (every weight is 1) until ``update_unrecognizable`` was called.
+    Buffer: ``unrecognizable`` (D,) float32 whatever ``module.to(dtype)`` says, zero (every weight is 1) until
+    ``update_unrecognizable`` was called.
     """
+
+    KEEPS_DTYPE = ("unrecognizable",)
 
     unrecognizable: Tensor
 
@@ -85,16 +90,29 @@ class RecognizabilityQuality(nn.Module):
         check_number("threshold", threshold, low=0, high=1)
         check_number("momentum", momentum, low=0, high=1, open_low=True)
         self.mode, self.threshold, self.momentum, self.detach = mode, threshold, momentum, detach
-        self.register_buffer("unrecognizable", torch.zeros(embedding_dim))
+        self.register_buffer("unrecognizable", torch.zeros(embedding_dim, dtype=torch.float32))
+        self._updated: Replay[None] = Replay("update_unrecognizable")
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
         return f"embedding_dim={self.unrecognizable.shape[0]}, mode={self.mode!r}, threshold={self.threshold}"
 
-    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget the unrecognizable images: every weight is 1 again."""
+        self.unrecognizable.zero_()
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise if this is no direction."""
+        if "unrecognizable" in state:
+            check_statistic("unrecognizable", state["unrecognizable"], low=-1.01, high=1.01)  # rounded, maybe coarsely
+
     def update_unrecognizable(self, embeddings: Tensor) -> None:
         """Move u towards the mean direction of embeddings (N, D) of images that nobody could recognize."""
         self._check(embeddings)
+        self._updated(lambda: self._update(embeddings), inputs=(embeddings,), state=(self.unrecognizable,))
+
+    @torch.no_grad()
+    def _update(self, embeddings: Tensor) -> None:
         x, _ = unit_embeddings(embeddings)
         finite = torch.isfinite(x).all(dim=1, keepdim=True)
         u, _ = unit_embeddings(torch.where(finite, x, 0).sum(dim=0, keepdim=True))

@@ -13,22 +13,6 @@ from protomem_kernels.types import EnqueueResult, MemoryState
 POLICIES = ("fifo", "lru")
 
 
-def check_state(state: MemoryState) -> None:
-    """Check the five tensors of a memory against each other."""
-    if not isinstance(state, MemoryState):
-        raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
-    check_tensor("state.prototypes", state.prototypes, 2, "(M, D)", floating=True)
-    capacity = state.prototypes.shape[0]
-    shapes: dict[str, tuple[int, ...]] = {"identities": (capacity,), "stamps": (capacity,), "cursor": (), "clock": ()}
-    for field, shape in shapes.items():
-        value = getattr(state, field)
-        name = f"state.{field}"
-        check_tensor(name, value, len(shape), "(M,)" if shape else "()", floating=False)
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {value.dtype}")
-        check_matches(name, value, shape, "state.prototypes", state.prototypes)
-
-
 def enqueue_(
     state: MemoryState, prototypes: Tensor, identities: Tensor, *, refresh_ratio: float = 0.2, policy: str = "fifo"
 ) -> EnqueueResult:
@@ -88,7 +72,9 @@ def enqueue_keeping_previous_(
     without ``keep_previous``). They come out of the operator itself because a compiler may move a read of the memory
     past the write.
     """
-    check_state(state)
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
+    state.check()
     check_tensor("prototypes", prototypes, 2, "(P, D)", floating=True)
     check_tensor("identities", identities, 1, "(P,)", floating=False)
     capacity, embedding_dim = state.prototypes.shape
