@@ -24,6 +24,7 @@ from protomem_kernels.types import (
     MarginSoftmaxStats,
     MemoryState,
 )
+from protomem_kernels.warm_up import warm_up
 
 __version__ = "0.1.0"
 
@@ -62,4 +63,5 @@ __all__ = [
     "margin_softmax_logits",
     "margin_softmax_loss",
     "use_backend",
+    "warm_up",
 ]

@@ -25,7 +25,8 @@ BELOW: dict[str, set[str]] = {
     "cli": {"training", "gpu_check"},
     "gpu_check": {"_checks"},  # the standard library, torch and numpy: it meets a machine that has nothing else
     "training": {"compat", "data", ""},
-    "": {"losses"},
+    "": {"losses", "warm_up"},
+    "warm_up": {"losses"},
     "data": {"types", "_checks"},
     "compat": {"losses"},
     "losses": {"memory", "objective", "quality", "optimizers"},

@@ -16,6 +16,7 @@ from torch import Tensor
 from protomem_kernels.backends import cpu, cuda, reference, triton
 from protomem_kernels.backends.operators import BATCH, FUNCTIONS, OPERATORS
 from protomem_kernels.backends.protocol import Backend, Kernel
+from protomem_kernels.backends.self_check import known_objection, objection
 
 # In the order of preference; the reference serves every device and comes last.
 BACKENDS: dict[str, Backend] = {
@@ -76,7 +77,7 @@ def explain(operator: str, *tensors: Tensor, architecture: int | None = None) ->
     for name in preference(operator):
         backend = BACKENDS[name]
         if architecture is None:
-            reason = backend.reason_against(operator, tensors)
+            reason = _reason(backend, operator, tensors)
         else:
             reason = backend.on_gpu(operator, tensors, architecture)
         if reason is None and wanted is not None and backend.name != wanted:
@@ -100,12 +101,21 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Kernel:
                 backend.passed_over(tensors)
             continue
         kernel = backend.kernel(operator)
-        if kernel is not None and backend.refuses(operator, tensors) is None:
+        if kernel is None or backend.refuses(operator, tensors) is not None:
+            continue
+        if not backend.needs_check(tensors) or _objection(backend, operator, kernel, tensors) is None:
             return kernel
-    listing = "\n  ".join(
-        f"{name:<10} {b.reason_against(operator, tensors) or 'could'}" for name, b in BACKENDS.items()
-    )
+    listing = "\n  ".join(f"{name:<10} {_reason(b, operator, tensors) or 'could'}" for name, b in BACKENDS.items())
     raise RuntimeError(f"backend {wanted!r} cannot serve {operator}:\n  {listing}")
+
+
+def _objection(backend: Backend, operator: str, kernel: Kernel, tensors: Sequence[Tensor]) -> str | None:
+    definition = BACKENDS["reference"].kernel(operator)
+    return None if definition is None else objection(backend, operator, kernel, definition, tensors)
+
+
+def _reason(backend: Backend, operator: str, tensors: Sequence[Tensor]) -> str | None:
+    return backend.reason_against(operator, tensors) or known_objection(backend, operator, tensors)
 
 
 @contextlib.contextmanager

@@ -84,6 +84,10 @@ class CudaBackend(NativeBackend):
             exceeds(operator, tensors) or _no_code_on(device) or too_wide_for(operator, tensors, _architecture(device))
         )
 
+    def needs_check(self, tensors: Sequence[Tensor]) -> bool:
+        """Return True on a GPU."""
+        return tensors[0].is_cuda
+
     def built(self) -> str | None:
         """Return the architectures, the compilers and the torch of the library, if there is one."""
         if BUILD is None:

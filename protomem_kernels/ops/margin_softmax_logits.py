@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from protomem_kernels._checks import refuse_targets_past_the_end
 from protomem_kernels.ops.call import call
+from protomem_kernels.ops.problems import SCALE, hard_form, problems
 from protomem_kernels.ops.register import register
 from protomem_kernels.types import HardNegativeForm
 
@@ -82,8 +85,21 @@ def _backward_fake(grad: Tensor, x: Tensor, prototypes: Tensor, *rest: Any) -> t
     return x.new_empty(x.shape), grad_prototypes, x.new_empty(x.shape[0])
 
 
+def _problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for problem in problems(dtype):
+        x, prototypes, targets, occupied, target_logits = problem
+        yield x, prototypes, targets, target_logits, occupied, *hard_form(problem), SCALE, False
+        yield x, 3 * prototypes, targets, target_logits, None, None, None, SCALE, True
+
+
+def _backward_problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, prototypes, targets, _, *rest in _problems(dtype):
+        yield (x @ prototypes.to(x.dtype).T).flip(0), x, prototypes, targets, *rest, True
+
+
 register(
     "margin_softmax_logits",
+    problems=_problems,
     fake=lambda x, prototypes, *_: x.new_empty(x.shape[0], prototypes.shape[0]),
     check_values=_check_values,
     setup_context=_setup_context,
@@ -91,5 +107,6 @@ register(
 )
 register(
     "margin_softmax_logits_backward",
+    problems=_backward_problems,
     fake=_backward_fake,
 )

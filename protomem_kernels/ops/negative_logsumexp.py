@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from protomem_kernels._checks import refuse_targets_past_the_end
+from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.ops.call import call, is_watched
+from protomem_kernels.ops.problems import SCALE, hard_form, problems
 from protomem_kernels.ops.register import register
 from protomem_kernels.types import HardNegativeForm
 
@@ -154,8 +157,28 @@ def _backward(ctx: Any, grad_cosine: Tensor | None, grad_n: Tensor | None, *_: A
     return grad_x, grad_prototypes, *[None] * 10
 
 
+def _problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for problem in problems(dtype):
+        x, prototypes, targets, occupied, _ = problem
+        chosen = (targets[:, None] + torch.tensor([2, 5, 7])) % len(prototypes)
+        yield x, prototypes, targets, occupied, None, None, None, SCALE, 0.0, False, True, 0
+        yield x, 3 * prototypes, targets, None, None, *hard_form(problem), SCALE, 1.0, True, True, 0
+        yield x, prototypes, targets, occupied, None, None, None, SCALE, None, False, False, 0
+        yield x, prototypes, targets, occupied, chosen, None, None, SCALE, 0.0, False, True, 0
+
+
+def _backward_problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    forward = BACKENDS["reference"].kernels["negative_logsumexp"]
+    for args in _problems(dtype):
+        x, prototypes, *inside, scale, offset, normalize, _, _ = args
+        _, n, *_ = forward(*args)
+        grad = torch.cos(torch.arange(len(x), dtype=x.dtype))
+        yield torch.zeros_like(prototypes), grad.flip(0), grad, x, prototypes, *inside, n, scale, offset, normalize, 0
+
+
 register(
     "negative_logsumexp",
+    problems=_problems,
     fake=_fake,
     check_values=_check_values,
     setup_context=_setup_context,
@@ -163,5 +186,6 @@ register(
 )
 register(
     "negative_logsumexp_backward_",
+    problems=_backward_problems,
     fake=lambda *_: None,
 )

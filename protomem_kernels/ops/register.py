@@ -7,7 +7,7 @@ whichever backends they like (see CONTRIBUTING.md).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protomem_kernels._torch import any_autocast, without_autocast
 from protomem_kernels.backends.choice import BACKENDS, select
-from protomem_kernels.backends.operators import FUNCTIONS, MEMORY, OPERATORS
+from protomem_kernels.backends.operators import FUNCTIONS, MEMORY, OPERATORS, PROBLEMS
 from protomem_kernels.ops.call import DIRECT
 from protomem_kernels.ops.once import once_differentiable
 from protomem_kernels.ops.schemas import SCHEMAS
@@ -38,6 +38,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     kernels: Mapping[str, Callable[..., Any]] | None = None,
+    problems: Callable[[torch.dtype], Iterable[Sequence[Any]]] | None = None,
 ) -> None:
     """Register ``protomem::name`` with PyTorch.
 
@@ -52,9 +53,14 @@ def register(
         setup_context: of autograd, as ``torch.library.register_autograd`` takes it.
         backward: likewise; its results can be differentiated no further.
         kernels: by backend, kernels that its own files do not have.
+        problems: the arguments of small fixed problems, for a dtype (of the memory, or of the embeddings where there is
+            none). A GPU's kernels have to solve them as the reference does before they serve there; without problems
+            they are trusted.
     """
     LIBRARY.define(f"{name}{schema or SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
     OPERATORS[name] = works_through
+    if problems is not None:
+        PROBLEMS[name] = problems
     for backend, kernel in (kernels or {}).items():
         BACKENDS[backend].add(name, kernel)
 

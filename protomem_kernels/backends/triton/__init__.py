@@ -68,6 +68,10 @@ class TritonBackend(FolderBackend):
                 return f"serves tensors on a GPU, got one on {tensor.device}"
         return None
 
+    def needs_check(self, tensors: Sequence[Tensor]) -> bool:
+        """Return True on a GPU."""
+        return tensors[0].is_cuda
+
     def on_gpu(self, operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:
         """Return why such tensors on a GPU of this compute capability, 90 for 9.0, could not be served, or None."""
         if not _is_installed():

@@ -1,0 +1,61 @@
+"""Small fixed problems that a GPU's kernels have to solve before they serve: what the operators' problems share.
+
+Odd sizes and whole tiles, one sample alone, an ignored sample, empty slots; the same numbers on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from protomem_kernels.rows import accumulation_dtype, unit_rows
+
+SIZES = [(1, 5, 16), (13, 131, 37), (80, 300, 64)]  # (B, M, D)
+SCALE = 8.0  # so that no single negative decides the sum
+SEED = 0
+
+
+class Problem(NamedTuple):
+    """A batch beside a memory.
+
+    Attributes:
+        x: (B, D) unit rows, of the accumulation dtype.
+        prototypes: (M, D) unit rows, zero where empty.
+        targets: (B,) int64, one of them -1 unless it is the only one.
+        occupied: (M,) bool, most of them.
+        grad: (B,) of the accumulation dtype, to go backward with.
+    """
+
+    x: Tensor
+    prototypes: Tensor
+    targets: Tensor
+    occupied: Tensor
+    grad: Tensor
+
+
+def problems(dtype: torch.dtype) -> Iterator[Problem]:
+    """Yield one problem per size, with a memory of this dtype."""
+    for seed, (batch, slots, dim) in enumerate(SIZES, SEED):
+        generator = torch.Generator().manual_seed(seed)
+        rows = unit_rows(torch.randn(slots, dim, generator=generator, dtype=torch.float64))
+        occupied = torch.rand(slots, generator=generator) < 0.9
+        occupied[0] = True
+        targets = torch.randint(0, slots, (batch,), generator=generator)
+        targets[1:2] = -1
+        near = rows[targets.clamp(min=0)] + 0.5 * torch.randn(batch, dim, generator=generator, dtype=torch.float64)
+        exact = accumulation_dtype(dtype)
+        yield Problem(
+            unit_rows(near).to(exact),
+            torch.where(occupied[:, None], rows, 0).to(dtype),
+            targets,
+            occupied,
+            torch.randn(batch, generator=generator, dtype=torch.float64).to(exact),
+        )
+
+
+def hard_form(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return a threshold (B,) and coefficients (3,) under which some negatives are hard."""
+    return torch.full_like(problem.grad, 0.1), problem.x.new_tensor([0.3, 0.2, 0.5])
