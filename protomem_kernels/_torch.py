@@ -20,6 +20,10 @@ any_autocast = torch._C._is_any_autocast_enabled  # quick, where the question fo
 count_modes = torch._C._len_torch_dispatch_stack
 transform_level = torch._C._functorch.maybe_current_level
 current_graph_task = torch._C._current_graph_task_id
+# Raises the version counters of a list of tensors, by which autograd knows that what it saved was written over.
+raise_versions = torch._C._increment_version
+# Says within a backward pass whether another one may follow (retain_graph); True outside of one.
+graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def too_old() -> str | None:
@@ -42,6 +46,23 @@ def has_kernel(overload: Any, device: str) -> bool:
 def unwrapped(overload: Any) -> Any:
     """Return the function within an operator's overload: one Python call less each time."""
     return getattr(overload, "_op", overload)
+
+
+def written_arguments(overload: Any) -> tuple[int, ...]:
+    """Return the places of the arguments that an operator writes: ``Tensor(a!)`` in its schema."""
+    infos = [argument.alias_info for argument in overload._schema.arguments]
+    return tuple(place for place, info in enumerate(infos) if info is not None and info.is_write)
+
+
+def raise_versions_above(library: torch.library.Library, overload: Any, written: tuple[int, ...]) -> None:
+    """Have the dispatcher raise the versions of what an operator writes before modes and subclasses unwrap it."""
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def raise_and_go_on(keys: Any, *args: Any) -> Any:
+        raise_versions([args[place] for place in written if args[place] is not None])
+        return overload.redispatch(keys & below, *args)
+
+    library.impl(overload._schema.name, raise_and_go_on, "ADInplaceOrView", with_keyset=True)
 
 
 _NOTHING = contextlib.nullcontext()

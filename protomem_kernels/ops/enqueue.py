@@ -10,6 +10,7 @@ from torch import Tensor
 
 from protomem_kernels._checks import check_choice, check_matches, check_number, check_tensor, shape_of
 from protomem_kernels.backends.operators import BATCH
+from protomem_kernels.ops.call import call
 from protomem_kernels.ops.problems import problems
 from protomem_kernels.ops.register import register
 from protomem_kernels.types import EnqueueResult, MemoryState
@@ -93,7 +94,8 @@ def enqueue_keeping_previous_(
     check_number("refresh_ratio", refresh_ratio, low=0, high=1)
     check_choice("policy", policy, POLICIES)
     with torch.no_grad():
-        slots, evicted, known, previous = torch.ops.protomem.enqueue_(
+        slots, evicted, known, previous = call(
+            "enqueue_",
             *(tensor.detach() for tensor in state),
             prototypes.detach(),
             identities,

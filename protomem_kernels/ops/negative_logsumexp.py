@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from protomem_kernels._checks import refuse_targets_past_the_end
+from protomem_kernels._torch import graph_is_kept
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.ops.call import call, is_watched
 from protomem_kernels.ops.problems import SCALE, hard_form, problems
@@ -111,17 +112,37 @@ def _fake(x: Tensor, prototypes: Tensor, targets: Tensor, *rest: Any) -> tuple[T
     return x.new_empty(x.shape[0]), x.new_empty(x.shape[0]), x.new_empty(x.shape), o, kept
 
 
+class _Kept(NamedTuple):
+    """What forward kept of the first ``rows`` samples, ``e^{s h - offset} h'`` (M, D), and the prototypes it is of.
+
+    None of it is among autograd's saved tensors, which must stay as they are: backward writes the gradient over the
+    exponentials, and where all samples were kept, prototypes that were written over since then are no error.
+    """
+
+    exponentials: Tensor
+    rows: int
+    prototypes: Tensor
+    version: int
+
+    def outlived_them(self) -> bool:
+        """Say whether the prototypes were written over since forward."""
+        return self.prototypes._version != self.version
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *inside, scale, offset, normalize_prototypes, _, kept_rows = inputs
     _, n, target_rows, o, kept = output
     ctx.mark_non_differentiable(target_rows, o, kept)
     ctx.set_materialize_grads(False)  # no zeros as large as what was kept
     # Without a gradient of their own, the prototypes may be overwritten before backward: they are not kept.
-    ctx.keeps_prototypes = ctx.needs_input_grad[1]
+    ctx.keeps_prototypes, ctx.kept, ctx.unsaved = ctx.needs_input_grad[1], None, ()
+    if ctx.keeps_prototypes and kept.numel():
+        prototypes = inside[0]
+        ctx.kept = _Kept(kept, kept_rows, prototypes.detach(), prototypes._version)
+        if kept_rows == x.shape[0] and not normalize_prototypes:
+            inside[0], ctx.unsaved = None, (prototypes,)
     ctx.save_for_backward(target_rows, o, x, *((*inside, n) if ctx.keeps_prototypes else ()))
     ctx.scale, ctx.offset, ctx.normalize_prototypes = scale, offset, normalize_prototypes
-    # Not among the saved tensors, which must stay as they are: backward writes the gradient over it.
-    ctx.kept = (kept, kept_rows) if ctx.keeps_prototypes and kept.numel() else None
 
 
 def _backward(ctx: Any, grad_cosine: Tensor | None, grad_n: Tensor | None, *_: Any) -> Any:
@@ -132,28 +153,7 @@ def _backward(ctx: Any, grad_cosine: Tensor | None, grad_n: Tensor | None, *_: A
     if ctx.needs_input_grad[0]:
         grad_x = grad_cosine[:, None] * target_rows + grad_n[:, None] * o
     if ctx.keeps_prototypes:
-        prototypes, *others, n = inside
-        if ctx.kept is not None:
-            grad_prototypes, kept_rows = ctx.kept
-            ctx.kept = None  # a second backward pass (retain_graph) has to form the exponentials again
-        else:
-            grad_prototypes, kept_rows = torch.empty_like(prototypes, memory_format=torch.contiguous_format), 0
-        # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
-        alive = torch.isfinite(x).all(dim=1)
-        call(
-            "negative_logsumexp_backward_",
-            grad_prototypes,
-            torch.where(alive, grad_cosine, 0),
-            torch.where(alive, grad_n, 0),
-            torch.where(alive[:, None], x, 0),
-            prototypes,
-            *others,
-            torch.where(alive, n, float("-inf")),
-            ctx.scale,
-            ctx.offset,
-            ctx.normalize_prototypes,
-            kept_rows,
-        )
+        grad_prototypes = _prototypes_gradient(ctx, grad_cosine, grad_n, x, *inside)
     return grad_x, grad_prototypes, *[None] * 10
 
 
@@ -174,6 +174,67 @@ def _backward_problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         _, n, *_ = forward(*args)
         grad = torch.cos(torch.arange(len(x), dtype=x.dtype))
         yield torch.zeros_like(prototypes), grad.flip(0), grad, x, prototypes, *inside, n, scale, offset, normalize, 0
+
+
+def _prototypes_gradient(
+    ctx: Any, grad_cosine: Tensor, grad_n: Tensor, x: Tensor, prototypes: Tensor | None, *others: Tensor
+) -> Tensor:
+    """Return dL/dw (M, D): where it can be, written over what forward kept."""
+    *inside, n = others
+    kept: _Kept | None = ctx.kept
+    # A broken embedding passes nothing on: the prototypes' gradient belongs to all samples.
+    alive = torch.isfinite(x).all(dim=1)
+    grad_cosine, grad_n = torch.where(alive, grad_cosine, 0), torch.where(alive, grad_n, 0)
+    x, n = torch.where(alive[:, None], x, 0), torch.where(alive, n, float("-inf"))
+    if kept is not None and prototypes is None and kept.outlived_them():
+        return _gradient_of_kept(kept.exponentials, grad_cosine, grad_n, x, inside[0], n, ctx.scale, ctx.offset)
+    if kept is None:
+        assert prototypes is not None
+        into, kept_rows = torch.empty_like(prototypes, memory_format=torch.contiguous_format), 0
+    else:
+        into, kept_rows = kept.exponentials, kept.rows
+        prototypes = kept.prototypes if prototypes is None else prototypes
+        if graph_is_kept():  # another backward pass may want them
+            into = into.clone()
+        else:
+            ctx.kept = None
+    call(
+        "negative_logsumexp_backward_",
+        into,
+        grad_cosine,
+        grad_n,
+        x,
+        prototypes,
+        *inside,
+        n,
+        ctx.scale,
+        ctx.offset,
+        ctx.normalize_prototypes,
+        kept_rows,
+    )
+    return into
+
+
+def _gradient_of_kept(
+    exponentials: Tensor,
+    grad_cosine: Tensor,
+    grad_n: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    n: Tensor,
+    scale: float,
+    offset: float,
+) -> Tensor:
+    """Return dL/dw (M, D) without the prototypes, from the exponentials that forward kept of every sample.
+
+    A backend is free to form them again from the prototypes; here those are gone.
+    """
+    factor = torch.where(n == float("-inf"), 0, scale * grad_n * torch.exp(offset - n))
+    p = torch.where(factor == 0, 0, exponentials[:, : len(x)] * factor)
+    inside = (targets >= 0) & (targets < len(p))
+    at_target = torch.where(inside, targets, 0).long(), torch.arange(len(x), device=x.device)
+    p[at_target] = torch.where(inside, grad_cosine, p[at_target])
+    return p @ x
 
 
 register(

@@ -14,7 +14,8 @@ def once_differentiable(name: str, backward: Callable[..., Any]) -> Callable[...
     """Return ``backward`` with results that raise where somebody differentiates them again.
 
     They are computed outside autograd; what autograd could follow of them would be a part of the second derivative.
-    They depend on ``grads`` and on what was saved, which has to hold every argument that can require a gradient.
+    They depend on ``grads`` and on what was saved, which has to hold every argument that can require a gradient;
+    ``ctx.unsaved`` may name more.
     """
 
     @functools.wraps(backward)
@@ -25,7 +26,8 @@ def once_differentiable(name: str, backward: Callable[..., Any]) -> Callable[...
             return results
         results = results if isinstance(results, tuple) else (results,)
         made = [result for result in results if result is not None]
-        final = iter(_Final.apply(name, len(made), *made, *grads, *ctx.saved_tensors))  # type: ignore[no-untyped-call]
+        causes = (*grads, *ctx.saved_tensors, *getattr(ctx, "unsaved", ()))
+        final = iter(_Final.apply(name, len(made), *made, *causes))  # type: ignore[no-untyped-call]
         return tuple(None if result is None else next(final) for result in results)
 
     return guarded

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protomem_kernels._torch import any_autocast, without_autocast
+from protomem_kernels._torch import (
+    any_autocast,
+    raise_versions,
+    raise_versions_above,
+    without_autocast,
+    written_arguments,
+)
 from protomem_kernels.backends.choice import BACKENDS, select
 from protomem_kernels.backends.operators import FUNCTIONS, MEMORY, OPERATORS, PROBLEMS
 from protomem_kernels.ops.call import DIRECT
@@ -42,7 +48,9 @@ def register(
 ) -> None:
     """Register ``protomem::name`` with PyTorch.
 
-    Autocast is switched off inside: the accumulation dtype is part of the contract.
+    Autocast is switched off inside: the accumulation dtype is part of the contract. The version counters of what the
+    schema says is written (``Tensor(a!)``) are raised on every way to a kernel: kernels write through pointers, which
+    autograd does not see.
 
     Args:
         name: of the operator, and of its kernels in every backend.
@@ -58,6 +66,10 @@ def register(
             they are trusted.
     """
     LIBRARY.define(f"{name}{schema or SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.protomem, name).default
+    written = written_arguments(overload)
+    if written:
+        raise_versions_above(LIBRARY, overload, written)
     OPERATORS[name] = works_through
     if problems is not None:
         PROBLEMS[name] = problems
@@ -68,6 +80,8 @@ def register(
         if check_values is not None and values_can_be_read(tensors[0]):
             check_values(*args)
         kernel = select(name, tensors)
+        if written:  # before the kernel: one that fails half-way has written too
+            raise_versions([args[place] for place in written if args[place] is not None])
         if not any_autocast():
             return kernel(*args)
         with without_autocast(tensors[0]):

@@ -4,6 +4,7 @@ from tests.faults.fault import Fault
 
 T_LOSS = "tests/ops/test_margin_softmax_loss.py"
 T_REGISTRATION = "tests/ops/test_registration.py"
+T_VERSIONS = "tests/ops/test_versions.py"
 
 FAULTS = [
     Fault(
@@ -12,6 +13,20 @@ FAULTS = [
         "with without_autocast(tensors[0]):",
         "if True:",
         T_LOSS,
+    ),
+    Fault(
+        "what a kernel writes through pointers is not seen by autograd",
+        "ops/register.py",
+        "if written:  # before the kernel",
+        "if False:  # before the kernel",
+        f"{T_VERSIONS}::test_a_kernel_that_writes_through_pointers_is_seen",
+    ),
+    Fault(
+        "what a mode or a subclass unwraps is not seen by autograd",
+        "ops/register.py",
+        "raise_versions_above(LIBRARY, overload, written)",
+        "pass",
+        f"{T_VERSIONS}::test_a_wrapper_around_tensors_is_seen_too",
     ),
     Fault(
         "a backend that refuses serves all the same",
