@@ -135,7 +135,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(target_rows, o, kept)
     ctx.set_materialize_grads(False)  # no zeros as large as what was kept
     # Without a gradient of their own, the prototypes may be overwritten before backward: they are not kept.
-    ctx.keeps_prototypes, ctx.kept, ctx.unsaved = ctx.needs_input_grad[1], None, ()
+    ctx.keeps_prototypes = ctx.needs_input_grad[1]
+    ctx.kept, ctx.unsaved = None, ()
     if ctx.keeps_prototypes and kept.numel():
         prototypes = inside[0]
         ctx.kept = _Kept(kept, kept_rows, prototypes.detach(), prototypes._version)
