@@ -24,7 +24,9 @@ BACKENDS_ON = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("protomem")
-    default = os.environ.get("PROTOMEM_BENCH_SIZES", "moderate")
+    default = os.environ.get("PROTOMEM_BENCH_SIZES") or "moderate"
+    if default not in SIZES:  # argparse looks at no default
+        raise pytest.UsageError(f"PROTOMEM_BENCH_SIZES must be one of {', '.join(SIZES)}, got {default!r}")
     group.addoption("--sizes", choices=list(SIZES), default=default, help="which sizes to measure (inputs.py)")
     group.addoption("--device", default="cpu", help="where to measure")
     group.addoption("--dtype", choices=DTYPES, default=DTYPES[0], help="of the embeddings and the prototypes")

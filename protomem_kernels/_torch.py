@@ -22,6 +22,8 @@ transform_level = torch._C._functorch.maybe_current_level
 current_graph_task = torch._C._current_graph_task_id
 # Raises the version counters of a list of tensors, by which autograd knows that what it saved was written over.
 raise_versions = torch._C._increment_version
+# Objects by name that PyTorch takes along where another thread of its own goes on with this one's work.
+has_stashed, stashed, stash = torch._C._is_key_in_tls, torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
 # Says within a backward pass whether another one may follow (retain_graph); True outside of one.
 graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 

@@ -40,11 +40,12 @@ BELOW: dict[str, set[str]] = {
     "recomputation": {"_torch"},
     "ops": {"backends", "distributed"},
     "distributed": {"types"},
-    "backends": {"rows", "identities", "types", "_torch", "_warnings"},
+    "backends": {"rows", "identities", "types", "_switches", "_torch", "_warnings"},
     "identities": {"_checks"},
     "rows": {"types"},
     "types": {"_checks"},
     "_checks": set(),
+    "_switches": set(),
     "_torch": set(),
     "_warnings": set(),
 }

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from torch import Tensor
 
+from protomem_kernels._torch import has_stashed, stash, stashed
 from protomem_kernels.backends import cpu, cuda, reference, triton
 from protomem_kernels.backends.operators import BATCH, FUNCTIONS, OPERATORS
 from protomem_kernels.backends.protocol import Backend, Kernel
@@ -36,6 +38,20 @@ def preference(operator: str) -> tuple[str, ...]:
 
 
 _wanted: ContextVar[str | None] = ContextVar("protomem_backend", default=None)
+# The same for threads of autograd's, which have no context of ours: (thread, backend), taken along from where
+# backward() was called.
+_HANDED_ON = "protomem_backend"
+_ever_wanted = False  # spares the usual call a look
+
+
+def in_force() -> str | None:
+    """Return the backend that ``use_backend`` asks for here, or None."""
+    wanted = _wanted.get()
+    if wanted is None and _ever_wanted and has_stashed(_HANDED_ON):
+        thread, handed_on = stashed(_HANDED_ON)
+        if thread != threading.get_ident():  # in that thread itself the context knows better
+            return handed_on  # type: ignore[no-any-return]
+    return wanted
 
 
 class Choice(NamedTuple):
@@ -73,7 +89,7 @@ def explain(operator: str, *tensors: Tensor, architecture: int | None = None) ->
     if operator not in OPERATORS:
         names = ", ".join(sorted({*OPERATORS, *FUNCTIONS}))
         raise ValueError(f"operator must be one of {names}, got {operator!r}")
-    chosen, wanted, choices = False, _wanted.get(), []
+    chosen, wanted, choices = False, in_force(), []
     for name in preference(operator):
         backend = BACKENDS[name]
         if architecture is None:
@@ -93,7 +109,7 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Kernel:
     Raises:
         RuntimeError: the backend asked for by ``use_backend`` cannot; the message lists every backend's reason.
     """
-    wanted = _wanted.get()
+    wanted = in_force()
     for name in preference(operator) if wanted is None else (wanted,):
         backend = BACKENDS[name]
         if backend.unavailable() is not None:
@@ -122,6 +138,14 @@ def _reason(backend: Backend, operator: str, tensors: Sequence[Tensor]) -> str |
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, have every operator served by one backend, or raise the list of reasons why it cannot.
 
+    It holds for what this thread calls within the block (and for asyncio tasks made there), and for the backward passes
+    of that: those called within the block, in whichever threads autograd runs them (on a GPU in its own), and those
+    called later of what was computed within the block, unless another block is in force there. The backward pass of a
+    compiled function is served as its caller's block says.
+
+    It does not hold in other threads that are started within the block, ``DataParallel``'s replicas included, so that
+    each may have its own: enter it there, or start them with ``contextvars.copy_context().run``.
+
     Args:
         name: "reference", "cpu", "triton" or "cuda".
 
@@ -137,8 +161,18 @@ def use_backend(name: str) -> Iterator[None]:
     if BACKENDS[name].unavailable() is not None:
         listing = "\n  ".join(f"{other:<10} {b.unavailable() or 'available'}" for other, b in BACKENDS.items())
         raise RuntimeError(f"backend {name!r} is not available:\n  {listing}")
+    global _ever_wanted
+    _ever_wanted = True
     token = _wanted.set(name)
+    outside = stashed(_HANDED_ON) if has_stashed(_HANDED_ON) else (threading.get_ident(), None)
+    stash(_HANDED_ON, (threading.get_ident(), name))
     try:
         yield
     finally:
+        stash(_HANDED_ON, outside)
         _wanted.reset(token)
+
+
+def use_backend_unless_in_force(name: str) -> contextlib.AbstractContextManager[None]:
+    """Do what ``use_backend`` does where no block is in force, else leave that one in force."""
+    return use_backend(name) if in_force() is None else contextlib.nullcontext()

@@ -1,19 +1,19 @@
 """The compiled C++ kernels for CPUs. Where they are not there, the reference serves the CPU, only slower.
 
 The object is the Python module ``_C``. PROTOMEM_CPU_CAPABILITY=default|avx2|avx512, read at import, has it use these
-instructions instead of the best ones that the machine has.
+instructions instead of the best ones that the machine has; one that it has not is an error.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from types import ModuleType
 
 from torch import Tensor
 
+from protomem_kernels._switches import value_of
 from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends.native import FOLDER, SWITCHED_OFF, NativeBackend, why_not_built
 
@@ -39,17 +39,10 @@ def _load() -> str | None:
         MODULE = importlib.import_module("protomem_kernels._C")
     except Exception as problem:  # whatever it is, the reference works
         return f"it does not load: {problem}; {BUILD_IT}"
-    if wanted := os.environ.get("PROTOMEM_CPU_CAPABILITY"):
-        _choose_capability(MODULE, wanted)
+    offered = MODULE.capabilities()
+    if wanted := value_of("PROTOMEM_CPU_CAPABILITY", offered, " (what this machine and build offer)"):
+        MODULE.set_capability(wanted)
     return None
-
-
-def _choose_capability(module: ModuleType, wanted: str) -> None:
-    if wanted in module.capabilities():
-        module.set_capability(wanted)
-    else:
-        offered = ", ".join(module.capabilities())
-        warn_caller(f"PROTOMEM_CPU_CAPABILITY={wanted} is ignored: this machine and build offer {offered}")
 
 
 class CpuBackend(NativeBackend):

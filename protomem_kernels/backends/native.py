@@ -8,13 +8,13 @@ PROTOMEM_DISABLE_COMPILED=1, read at import, does without both objects.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from protomem_kernels import _torch
+from protomem_kernels._switches import is_on
 from protomem_kernels.backends.protocol import Backend, Kernel
 
 FOLDER = Path(__file__).parents[1]  # where the objects are, and notes on why they are not
@@ -47,7 +47,7 @@ class NativeBackend(Backend):
 
 def reason_not_to_load() -> str | None:
     """Return why no object can be used here, whichever, or None."""
-    return SWITCHED_OFF if os.environ.get("PROTOMEM_DISABLE_COMPILED") == "1" else _torch.too_old()
+    return SWITCHED_OFF if is_on("PROTOMEM_DISABLE_COMPILED") else _torch.too_old()
 
 
 def why_not_built(name: str) -> str:

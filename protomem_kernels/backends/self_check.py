@@ -10,7 +10,6 @@ for the process and on disk (``verdicts``), and costs a look-up of a dictionary 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
@@ -19,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protomem_kernels._switches import value_of
 from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends import verdicts
 from protomem_kernels.backends.operators import PROBLEMS
 from protomem_kernels.backends.protocol import Backend, Kernel
 from protomem_kernels.backends.verdicts import Verdict
 
-MODES = ("0", "1", "fail")
 SECONDS = 600.0  # for all problems of one verdict: compilers are slow, hanging kernels take for ever
 # How far results may lie from the reference's, relative to the largest number of theirs. Kernels sum in other orders,
 # split float32 products into three of tf32, and weigh gradients in 16 bits beside a memory of 16 bits.
@@ -47,9 +46,7 @@ def objection(
         return _settled[key]
     except KeyError:
         pass
-    mode = os.environ.get("PROTOMEM_SELF_CHECK", "1")
-    if mode not in MODES:
-        raise ValueError(f"PROTOMEM_SELF_CHECK must be one of {', '.join(MODES)}, got {mode!r}")
+    mode = value_of("PROTOMEM_SELF_CHECK")
     if mode == "0" or operator not in PROBLEMS:
         return None
     dtype, device = narrowest(tensors), tensors[0].device

@@ -6,13 +6,13 @@ whichever backends they like (see CONTRIBUTING.md).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from protomem_kernels._switches import is_on
 from protomem_kernels._torch import (
     any_autocast,
     raise_versions,
@@ -24,6 +24,7 @@ from protomem_kernels.backends.choice import BACKENDS, select
 from protomem_kernels.backends.operators import FUNCTIONS, MEMORY, OPERATORS, PROBLEMS
 from protomem_kernels.ops.call import DIRECT
 from protomem_kernels.ops.once import once_differentiable
+from protomem_kernels.ops.same_backend import with_backend_of_forward
 from protomem_kernels.ops.schemas import SCHEMAS
 
 LIBRARY = torch.library.Library("protomem", "DEF")
@@ -31,7 +32,7 @@ LIBRARY = torch.library.Library("protomem", "DEF")
 
 def values_can_be_read(tensor: Tensor) -> bool:
     """Say whether a check may look at values: always on the CPU, elsewhere only under ``PROTOMEM_DEBUG=1``."""
-    return tensor.is_cpu or os.environ.get("PROTOMEM_DEBUG") == "1"
+    return tensor.is_cpu or is_on("PROTOMEM_DEBUG")
 
 
 def register(
@@ -94,7 +95,7 @@ def register(
     torch.library.register_fake(f"protomem::{name}", fake, lib=LIBRARY)
     function = None
     if backward is not None:
-        backward = once_differentiable(name, backward)
+        setup_context, backward = with_backend_of_forward(setup_context, once_differentiable(name, backward))
         torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         function = _autograd_function(name, implementation, setup_context, backward)
     DIRECT[name] = serve, function
@@ -108,12 +109,12 @@ def register_function(name: str, around: str) -> None:
 def _autograd_function(
     name: str,
     implementation: Callable[..., Any],
-    setup_context: Callable[..., None] | None,
+    setup_context: Callable[..., None],
     backward: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
     members = {
         "forward": staticmethod(implementation),
-        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
     }
     return type(name, (torch.autograd.Function,), members)

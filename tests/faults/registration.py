@@ -29,6 +29,27 @@ FAULTS = [
         f"{T_VERSIONS}::test_a_wrapper_around_tensors_is_seen_too",
     ),
     Fault(
+        "backward is served by whoever comes first",
+        "ops/same_backend.py",
+        "if ctx.backend is None:",
+        "if True:",
+        "tests/backends/test_choice.py",
+    ),
+    Fault(
+        "autograd's own threads know of no block",
+        "backends/choice.py",
+        "return handed_on ",
+        "return None ",
+        "tests/backends/test_choice.py::test_the_threads_of_autograd",
+    ),
+    Fault(
+        "a misspelt switch is off",
+        "_switches.py",
+        "if value not in allowed:",
+        "if False:",
+        "tests/test_switches.py",
+    ),
+    Fault(
         "a backend that refuses serves all the same",
         "backends/choice.py",
         "kernel is not None and backend.refuses(operator, tensors) is None",

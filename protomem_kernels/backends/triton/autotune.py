@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from protomem_kernels._switches import is_on
 from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.launch import Launch
@@ -37,7 +38,7 @@ def best(kind: str, device: torch.device, dtype: torch.dtype, dim: int, run: Cal
         run: launches the kernel once with the parameters that it is given; its effects are overwritten later.
     """
     table = launch.choose(kind, launch.architecture(device), dtype, dim)
-    if os.environ.get("PROTOMEM_AUTOTUNE") != "1":
+    if not is_on("PROTOMEM_AUTOTUNE"):
         return table
     file = cache_file(device)
     if file not in _found:
