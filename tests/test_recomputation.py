@@ -13,8 +13,10 @@ from protomem_kernels import (
     CurricularFace,
     ElasticFace,
     MarginSoftmaxLoss,
+    MemoryState,
     PrototypeMemoryLoss,
     RecognizabilityQuality,
+    enqueue_,
 )
 from tests import oracles
 
@@ -141,3 +143,27 @@ def test_backward_may_run_twice_over_one_step():
     once = [p.grad.clone() for p in encoder.parameters()]
     loss.backward()
     assert all(torch.allclose(p.grad, 2 * g) for p, g in zip(encoder.parameters(), once, strict=True))
+
+
+def test_a_compiled_region_that_writes_the_memory_is_refused_when_it_runs_again():
+    """Compiled code has no step to replay: the operator itself says that it must not run."""
+    encoder, loss_fn = model({})
+    encoder.eval()
+    compiled = torch.compile(lambda x, labels: loss_fn(encoder(x), labels), backend="aot_eager", fullgraph=True)
+    x, labels = batch(0)
+    loss = checkpoint(compiled, x.requires_grad_(), labels, use_reentrant=False)
+    before = oracles.snapshot(loss_fn)
+    with pytest.raises(RuntimeError, match=r"enqueue_ was called within a backward pass.*checkpoint the encoder"):
+        loss.backward()
+    assert oracles.same(before, loss_fn.state_dict())
+
+
+def test_the_operator_alone_is_refused_within_a_backward_pass():
+    state = MemoryState.empty(4, DIM)
+    x = torch.randn(3, DIM, requires_grad=True)
+    x.register_hook(lambda grad: enqueue_(state, grad, torch.arange(3)) and None)
+    with pytest.raises(RuntimeError, match="enqueue_ was called within a backward pass"):
+        x.sum().backward()
+    assert int(state.clock) == 0
+    enqueue_(state, x, torch.arange(3))
+    assert int(state.clock) == 1

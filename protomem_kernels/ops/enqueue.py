@@ -143,6 +143,7 @@ def _problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 register(
     "enqueue_",
     works_through=BATCH,
+    once_per_step=True,
     problems=_problems,
     fake=_fake,
 )

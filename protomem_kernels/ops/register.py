@@ -17,6 +17,7 @@ from protomem_kernels._torch import (
     any_autocast,
     raise_versions,
     raise_versions_above,
+    within_backward,
     without_autocast,
     written_arguments,
 )
@@ -27,6 +28,10 @@ from protomem_kernels.ops.once import once_differentiable
 from protomem_kernels.ops.same_backend import with_backend_of_forward
 from protomem_kernels.ops.schemas import SCHEMAS
 
+WITHIN_BACKWARD = (
+    "{name} was called within a backward pass. If torch.utils.checkpoint runs a forward pass again there, the state "
+    "would move twice: checkpoint the encoder alone, and keep what writes the memory outside, if it is compiled too."
+)
 LIBRARY = torch.library.Library("protomem", "DEF")
 
 
@@ -42,6 +47,7 @@ def register(
     fake: Callable[..., Any],
     works_through: str = MEMORY,
     check_values: Callable[..., None] | None = None,
+    once_per_step: bool = False,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     kernels: Mapping[str, Callable[..., Any]] | None = None,
@@ -59,6 +65,8 @@ def register(
         fake: the fake kernel, which never reads data.
         works_through: "batch", "chosen" or "memory" (``backends.operators``): which backends are asked first.
         check_values: sees the arguments before any kernel does and raises on values that must not occur.
+        once_per_step: the operator moves a state on, so that a forward pass that is computed again must not call it:
+            within a backward pass it raises. (Modules replay such a step: ``recomputation``.)
         setup_context: of autograd, as ``torch.library.register_autograd`` takes it.
         backward: likewise; its results can be differentiated no further.
         kernels: by backend, kernels that its own files do not have.
@@ -80,6 +88,8 @@ def register(
     def serve(tensors: Sequence[Tensor], args: Sequence[Any]) -> Any:
         if check_values is not None and values_can_be_read(tensors[0]):
             check_values(*args)
+        if once_per_step and within_backward():
+            raise RuntimeError(WITHIN_BACKWARD.format(name=name))
         kernel = select(name, tensors)
         if written:  # before the kernel: one that fails half-way has written too
             raise_versions([args[place] for place in written if args[place] is not None])
