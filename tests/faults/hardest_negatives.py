@@ -31,6 +31,13 @@ FAULTS = [
         f"{T_TOP}::test_exact",
     ),
     Fault(
+        "in the order of rounded cosines",
+        REFERENCE,
+        "best, order = best.sort(dim=1, descending=True, stable=True)",
+        "order = best.half().argsort(dim=1, descending=True, stable=True); best = best.gather(1, order)",
+        f"{T_TOP}::test_sorted_by_the_very_values_that_are_returned",
+    ),
+    Fault(
         "slots of the first tile everywhere",
         REFERENCE,
         "torch.arange(start, start + tile.shape[0]",

@@ -108,6 +108,58 @@ def test_many_ties_at_the_edge_of_the_list(backend: str, k: int) -> None:
     assert cosines.tolist() == values
 
 
+def nearly_equal(capacity: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Return (M, D) prototypes of which many are equal and many others differ by a rounding or two."""
+    few = torch.randn(4, dim, generator=generator)
+    w = few[torch.randint(4, (capacity,), generator=generator)]
+    jitter = torch.randint(-2, 3, (capacity, dim), generator=generator) * (
+        torch.rand(capacity, 1, generator=generator) < 0.5
+    )
+    return w * (1 + jitter * torch.finfo(torch.float32).eps)
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("capacity", "k"), [(300, 300), (300, 131), (520, 6), (41, 60)])
+def test_sorted_by_the_very_values_that_are_returned(backend: str, normalize: bool, capacity: int, k: int) -> None:
+    """Near ties may come in another order than exact arithmetic's, but in that of what is returned, ties by slot."""
+    for seed, (dim, dtype) in enumerate([(33, torch.float32), (5, torch.bfloat16)]):
+        generator = torch.Generator().manual_seed(seed)
+        w = nearly_equal(capacity, dim, generator).to(dtype)
+        w = w if normalize else unit(w.float()).to(dtype)
+        queries = torch.cat([w[:3].float(), torch.randn(3, dim, generator=generator)])
+        targets = torch.tensor([-1, 1, 0, 5, capacity - 1, -1])
+        occupied = torch.rand(capacity, generator=generator) < 0.9 if seed % 2 else None
+        with pmk.use_backend(backend):
+            cosines, slots = pmk.hardest_negatives(
+                queries, w, targets, k=k, occupied=occupied, normalize_prototypes=normalize
+            )
+        for row, (values, places) in enumerate(zip(cosines.tolist(), slots.tolist(), strict=True)):
+            negatives = [j for j in range(capacity) if j != targets[row] and (occupied is None or bool(occupied[j]))]
+            count = min(k, len(negatives))
+            assert sorted(zip((-v for v in values[:count]), places[:count], strict=True)) == [
+                (-v, j) for v, j in zip(values[:count], places[:count], strict=True)
+            ]
+            assert len(set(places[:count])) == count
+            assert set(places[:count]) <= set(negatives)
+            assert values[count:] == [-math.inf] * (k - count)
+            assert places[count:] == [-1] * (k - count)
+        # What is left out is no better than the last that is returned, to rounding.
+        dense = unit(queries.double()) @ (unit(w.double()) if normalize else w.double()).T
+        found = slots >= 0
+        at = dense.gather(1, slots.clamp(min=0))
+        torch.testing.assert_close(
+            torch.where(found, cosines.double(), 0), torch.where(found, at, 0), rtol=0, atol=2e-6
+        )
+        left_out = dense.scatter(1, slots.clamp(min=0), -math.inf)
+        left_out[~found.all(dim=1)] = -math.inf
+        if occupied is not None:
+            left_out[:, ~occupied] = -math.inf
+        own = targets >= 0
+        left_out[own, targets[own]] = -math.inf
+        assert (left_out.max(dim=1).values <= cosines[:, -1].double().clamp(min=-2) + 2e-6).all()
+
+
 @each_backend
 @pytest.mark.parametrize("normalize", [False, True])
 def test_each_of_the_best_in_a_tile_of_its_own(backend: str, normalize: bool) -> None:
