@@ -17,7 +17,7 @@ CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp'
 CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
 CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test check triton extension cuda cuda-host lint format types timing mutants sanitize lock clean
+.PHONY: train test check triton extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -66,6 +66,10 @@ types: $(READY)
 
 mutants: $(BUILT)
 	$(BIN)/python -m tests.faults
+
+# Training runs killed at random moments, twenty of them, and resumed; `make test` kills two. ARGS="--kills 100 --seed 7".
+faults: $(BUILT)
+	$(BIN)/python -c 'import sys; from tests.training.killed import main; sys.exit(main())' $(ARGS)
 
 # The compiled part under the sanitizers. The contract suites run on a copy of the package beside the tests, so that
 # the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in

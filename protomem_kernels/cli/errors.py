@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -10,6 +12,7 @@ import typer
 
 from protomem_kernels.data.images import DatasetError
 from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.stopping import RunStopped
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,14 +23,29 @@ class CommandError(Exception):
 
 
 def errors_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a command so that expected errors end it with one line and exit code 2; anything else stays a traceback."""
+    """Wrap a command so that expected errors end it with one line and exit code 2; anything else stays a traceback.
+
+    A run that a signal stopped ends with one line, too, and the exit code of that signal.
+    """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except (CommandError, RunError, DatasetError) as error:
-            typer.echo("error: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(2) from None
+            line, code = f"error: {error}", 2
+        except RunStopped as stopped:
+            line, code = str(stopped), stopped.exit_code
+        _give_up_stdout_if_closed()
+        typer.echo(" ".join(line.split()), err=True)
+        raise typer.Exit(code)
 
     return wrapper
+
+
+def _give_up_stdout_if_closed() -> None:
+    """Drop what cannot be written, which Python would try again, and complain of, when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,22 @@ from protomem_kernels.training.loop import Observer
 from protomem_kernels.training.steps import Step
 
 
+class RunConsole(Console):
+    """A console whose closed output is an error like others, which a run can save itself from."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled; rich would end the process."""
+        raise
+
+
 class Display(Observer):
     """Shows a run on the console while it goes on, and writes its steps to TensorBoard."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._smooth = 0.0  # moving average of the loss, for the eye only
+        self._threads_errors = threading.excepthook
+        self._writer: Any = None
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(bar_width=None),
@@ -42,6 +53,7 @@ class Display(Observer):
             warnings.simplefilter("ignore")  # of tensorboard's own dependencies
             from torch.utils.tensorboard import SummaryWriter
         # Events of steps that a killed run took after its last checkpoint are marked as undone.
+        threading.excepthook = self._note
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._bar.start()
         self._task = self._bar.add_task("training", total=config.steps, completed=first_step, loss=0.0, occupancy=0.0)
@@ -55,8 +67,19 @@ class Display(Observer):
 
     def end(self) -> None:
         """Stop the bar and close TensorBoard's file."""
-        self._bar.stop()
-        self._writer.close()
+        try:
+            self._bar.stop()
+        finally:
+            try:
+                if self._writer is not None:
+                    self._writer.close()
+            finally:
+                threading.excepthook = self._threads_errors
+
+    def _note(self, error: threading.ExceptHookArgs) -> None:
+        """Be silent about a thread of the bar's or TensorBoard's that cannot write: the main thread hears of it."""
+        if not isinstance(error.exc_value, OSError):
+            self._threads_errors(error)
 
     def result(self, folder: Path, metrics: dict[str, Any]) -> None:
         """Show the table of the figures."""

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 
 from protomem_kernels.cli.errors import errors_in_one_line
-from protomem_kernels.cli.progress import Display
+from protomem_kernels.cli.progress import Display, RunConsole
 from protomem_kernels.training.config import RUN, TrainConfig, config_from, read_toml
 from protomem_kernels.training.loop import run_training
 from protomem_kernels.training.runs import reopen_run
@@ -41,7 +40,7 @@ def train(
     folder = None
     if resume:
         folder, config = reopen_run(config, given)
-    run_training(config, watch=Display(Console()), resumed=folder)
+    run_training(config, watch=Display(RunConsole()), resumed=folder)
 
 
 def _was_typed(ctx: typer.Context, key: str) -> bool:

@@ -11,6 +11,7 @@ from protomem_kernels.data.images import DatasetError, ImageDataset, image_folde
 from protomem_kernels.data.sampling import IdentityBatchSampler
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.stopping import outlive_stop_signals
 
 FOLDS, INNER_FOLDS = 4, 3
 IN_MEMORY = 1 << 30  # bytes; a data set up to this size is read once, a larger one again and again
@@ -79,7 +80,7 @@ class Faces:
             for batch in order:
                 yield images[batch].float() / 255, dataset.labels[batch]
             return
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.workers)
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.workers, worker_init_fn=outlive_stop_signals)
         try:
             for pixels, labels in loader:
                 yield pixels.float() / 255, labels

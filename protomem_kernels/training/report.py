@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,12 @@ PAIRS_SHOWN = 8
 PICTURE_HEIGHT = 168  # pixels; more than the encoder sees, for the human eye
 
 
-def report(folder: Path, config: TrainConfig, faces: Faces, training: Training, *, seconds: float) -> dict[str, Any]:
+def report(
+    folder: Path, config: TrainConfig, faces: Faces, training: Training, more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Measure the averaged encoder on the unseen identities, write the run's files, and return the metrics.
+
+    The metrics hold ``more`` too, what the run itself knows.
 
     Two baselines take the encoder's input itself, standardised pixels, as the embedding, under the same protocol: the
     images as they are (``baseline_raw_pixels``), and the mean of the same ten views that the encoder gets
@@ -64,7 +69,7 @@ def report(folder: Path, config: TrainConfig, faces: Faces, training: Training, 
         "parameters": sum(p.numel() for p in training.encoder.parameters()),
         "device": str(training.device),
         "threads": torch.get_num_threads(),
-        "seconds": round(seconds, 2),
+        **more,
         "versions": {"protomem_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ FREE_ON_RESUME = frozenset({"name", "runs_dir", "device", "threads", "workers", 
 
 
 def start_run(config: TrainConfig) -> Path:
-    """Make a fresh folder, ``<name>`` or the first free ``<name>-2``, ``<name>-3`` ..., and write the configuration.
+    """Make a fresh, empty folder: ``<name>`` or the first free ``<name>-2``, ``<name>-3`` ...
 
     No earlier run is ever touched.
     """
@@ -37,11 +39,6 @@ def start_run(config: TrainConfig) -> Path:
             break
     except OSError as error:
         raise RunError(f"cannot write to the runs folder {config.runs_dir}: {error.strerror or error}") from error
-    try:
-        write_config(folder, config)
-    except BaseException:
-        folder.rmdir()
-        raise
     return folder
 
 
@@ -51,12 +48,25 @@ def write_config(folder: Path, config: TrainConfig) -> None:
         temporary.write_text(f"# protomem train --config {folder / CONFIG}\n{config.as_toml()}", encoding="utf-8")
 
 
+def extend_run(folder: Path, steps: int) -> None:
+    """Note in ``config.toml`` that a run goes on to more steps than it was started for."""
+    saved = config_from(read_toml(folder / CONFIG), str(folder / CONFIG))
+    if saved.steps != steps:
+        write_config(folder, dataclasses.replace(saved, steps=steps))
+
+
+def way_on(folder: Path) -> str:
+    """Return the command that goes on with the run in a folder."""
+    return shlex.join(["protomem", "train", "--resume", "--name", folder.name, "--runs-dir", str(folder.parent)])
+
+
 def reopen_run(config: TrainConfig, given: dict[str, Any]) -> tuple[Path, TrainConfig]:
     """Return the newest run of the configuration's name, and its own configuration.
 
     Args:
         config: says which run (``runs_dir``, ``run_name``).
         given: the values that the user wrote, in a TOML file or as flags; one that contradicts the run is an error.
+            More ``steps`` than the run was started for extend it.
 
     """
     name = config.run_name
@@ -67,11 +77,12 @@ def reopen_run(config: TrainConfig, given: dict[str, Any]) -> tuple[Path, TrainC
     file = max(started, key=lambda file: (file.stat().st_mtime_ns, file))
     folder, saved = file.parent, config_from(read_toml(file), str(file)).as_dict()
     asked = config.as_dict()
-    for key in sorted(set(given) - FREE_ON_RESUME):
+    extended = {"steps": asked["steps"]} if "steps" in given and asked["steps"] > saved["steps"] else {}
+    for key in sorted(set(given) - FREE_ON_RESUME - set(extended)):
         if asked[key] != saved[key]:
             raise RunError(
                 f"{folder} was started with {key} = {saved[key]!r} and cannot go on with {asked[key]!r}; "
                 "leave the option out, or start a new run without --resume"
             )
     changed = {key: asked[key] for key in FREE_ON_RESUME & set(given) - {"name", "runs_dir"}}
-    return folder, config_from({**saved, **changed}, str(file))
+    return folder, config_from({**saved, **changed, **extended}, str(file))

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from protomem_kernels.losses import PrototypeMemoryLoss
 from protomem_kernels.training.augmentation import augment
+from protomem_kernels.training.checkpoints import check_like
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.encoders import build_encoder
 from protomem_kernels.training.heads import build_loss
@@ -117,10 +118,31 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state`` returned."""
+        """Continue from what ``state`` returned.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: it is not the state of such a run.
+        """
+        step, ours = state["step"], self.state()
+        if type(step) is not int or not 0 <= step <= self.config.steps:
+            raise ValueError(f"step must be a whole number between 0 and {self.config.steps}, got {step!r}")
+        for part in ("encoder", "average", "loss", "scaler"):
+            check_like(ours[part], state[part], part)
+        self._check_optimizer(ours["optimizer"], state["optimizer"])
         self.encoder.load_state_dict(state["encoder"])
         self.average.load_state_dict(state["average"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step = step
+
+    def _check_optimizer(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+        """Check what AdamW itself takes as it comes: its options, and the moments of each parameter."""
+        check_like(ours["param_groups"], theirs["param_groups"], "optimizer.param_groups")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, moments in theirs["state"].items():
+            if type(number) is not int or not 0 <= number < len(parameters):
+                raise ValueError(f"optimizer.state must be of {len(parameters)} parameters, got one of {number!r}")
+            like = parameters[number]
+            made = {"step": torch.tensor(0.0), "exp_avg": like, "exp_avg_sq": like}
+            check_like(made, moments, f"optimizer.state.{number}")

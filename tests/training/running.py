@@ -45,16 +45,21 @@ def _no_pictures(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory):
-    """A folder of 8 identities with 4 images each: a pattern of the identity's own under noise."""
+    """A folder of 8 identities with 4 images each."""
     root = tmp_path_factory.mktemp("people")
+    draw_people(root)
+    return root
+
+
+def draw_people(root):
+    """Draw 8 identities with 4 images each: a pattern of the identity's own under noise."""
     rng = np.random.default_rng(0)
     for person in range(8):
         pattern = rng.integers(0, 256, (20, 15, 3))
-        (root / f"person{person}").mkdir()
+        (root / f"person{person}").mkdir(parents=True)
         for image in range(4):
             pixels = (0.7 * pattern + 0.3 * rng.integers(0, 256, pattern.shape)).astype(np.uint8)
             Image.fromarray(pixels).save(root / f"person{person}" / f"{image}.png")
-    return root
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
 """A run that was broken off, by whatever, goes on to the undisturbed run's figures."""
 
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
 from protomem_kernels.training import checkpoints
-from tests.training.running import assert_refused, figures, stop_after, train
+from protomem_kernels.training.config import config_from, read_toml
+from tests.training import killed
+from tests.training.running import assert_refused, figures, protomem, stop_after, train
 
 
 @pytest.mark.parametrize(
@@ -32,29 +30,25 @@ def test_every_loss_option_trains_and_resumes(tiny, tmp_path, flags):
     assert figures(tmp_path / "runs" / "halves") == whole
 
 
-def test_sigkill_and_resume_give_the_undisturbed_figures(tiny, tmp_path):
-    options = ("--steps", 120, "--checkpoint-every", 10)
-    assert train(tiny, "--name", "calm", *options).exit_code == 0
-    folder = tmp_path / "runs" / "killed"
-    command = ["train", "--config", tiny, "--name", "killed", *options]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from protomem_kernels.cli import main; main()", *map(str, command)],
-        stdout=subprocess.DEVNULL,
+def test_runs_killed_at_random_moments_resume_bit_equal(tmp_path):
+    """A short form of ``make faults``: the seeds are new each time, and stand in what fails."""
+    runs = killed.prepare(tmp_path)
+    options = killed.OPTIONS[0]
+    killed.train_to_the_end(runs / "calm", *options)
+    first = random.randrange(10**6)
+    for seed in range(first, first + 2):
+        folder = runs / f"killed-with-seed-{seed}"
+        verdict = killed.kill_and_resume(folder, runs / "calm", seed, *options)
+        assert verdict.differs is None, verdict
+
+
+def test_what_a_kill_left_half_written_is_swept(tiny, tmp_path):
+    stop_after(tmp_path, tiny, 3, "--name", "killed")
+    (tmp_path / "runs" / "killed" / ".writing-1-checkpoint.pt").write_text(
+        "as a kill in the middle of a write leaves it"
     )
-    deadline = time.monotonic() + 60
-    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(random.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    killed_after = checkpoints.load_checkpoint(folder / "checkpoint.pt")["step"]
-    assert 10 <= killed_after < 120
-    (folder / ".writing-1-checkpoint.pt").write_text("as a kill in the middle of a write leaves it")
-    result = train(tiny, "--name", "killed", "--resume", *options)
-    assert result.exit_code == 0, result.output
-    assert f"continuing after step {killed_after}" in result.stdout
-    assert figures(folder) == figures(tmp_path / "runs" / "calm")
-    assert not list(folder.glob(".writing-*"))
+    assert train(tiny, "--name", "killed", "--resume").exit_code == 0
+    assert not list((tmp_path / "runs" / "killed").glob(".writing-*"))
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
@@ -90,6 +84,37 @@ def test_resuming_a_finished_run_gives_its_figures_again(tiny, tmp_path):
 def test_resume_refuses_another_experiment(tiny, tmp_path):
     assert train(tiny, "--name", "run").exit_code == 0
     assert_refused(train(tiny, "--name", "run", "--resume", "--seed", 3), "seed = 0", "with 3")
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_resume_with_more_steps_extends_the_run(tiny, tmp_path, done):
+    if done:
+        assert train(tiny, "--name", "run").exit_code == 0
+    else:
+        stop_after(tmp_path, tiny, 3, "--name", "run")
+    result = train(tiny, "--name", "run", "--resume", "--steps", 7)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "runs" / "run"
+    reached = 4 if done else 2
+    assert f"continuing after step {reached}" in result.stdout
+    assert (figures(folder)["steps"], figures(folder)["extended_after"]) == (7, [reached])
+    assert config_from(read_toml(folder / "config.toml"), "").steps == 7
+    assert checkpoints.load_checkpoint(folder / "checkpoint.pt")["step"] == 7
+    # From here on it is a run of so many steps: without --steps it goes on to them, and fewer are another experiment.
+    before = figures(folder)
+    assert train(tiny, "--name", "run", "--resume", "--steps", 7).exit_code == 0
+    assert figures(folder) == before
+    assert_refused(train(tiny, "--name", "run", "--resume", "--steps", 6), "steps = 7", "with 6")
+
+
+def test_an_extended_run_that_is_broken_off_goes_on_as_one_that_was_not(tiny, tmp_path):
+    for name in ("calm", "broken"):
+        assert train(tiny, "--name", name).exit_code == 0
+    assert train(tiny, "--name", "calm", "--resume", "--steps", 8).exit_code == 0
+    stop_after(tmp_path, tiny, 5, "--name", "broken", "--resume", "--steps", 8)  # its checkpoint is the one of step 4
+    assert protomem("train", "--resume", "--name", "broken", "--runs-dir", tmp_path / "runs").exit_code == 0
+    calm, broken = (tmp_path / "runs" / name for name in ("calm", "broken"))
+    assert killed.difference(broken, calm) is None
 
 
 def test_nothing_to_resume(tiny, tmp_path):
