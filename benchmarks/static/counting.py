@@ -138,17 +138,22 @@ def compile_for(specimen: Specimen, arch: int, dim: int) -> Any:
 
 def any_strides(specimen: Specimen, arch: int) -> str:
     """Return Triton's intermediate code of the kernel for tensors of any layout: no stride is known to be 1."""
-    from triton._C.libtriton import ir
-    from triton.compiler import make_backend
-
-    target, given = _target(specimen, arch)
     strides = [name for name, value in specimen.constexprs.items() if "stride" in name and value == 1]
     free = replace(
         specimen,
         signature=specimen.signature | dict.fromkeys(strides, "i32"),
         constexprs={name: value for name, value in specimen.constexprs.items() if name not in strides},
     )
-    source, backend = _source(free, dim=1), make_backend(target)
+    return intermediate(_source(free, dim=1), specimen, arch)
+
+
+def intermediate(source: Any, specimen: Specimen, arch: int) -> str:
+    """Return Triton's intermediate code of ``source``, launched as ``specimen`` is; nothing machine-specific is run."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    target, given = _target(specimen, arch)
+    backend = make_backend(target)
     options = backend.parse_options(given)
     context = ir.context()
     ir.load_dialects(context)

@@ -39,7 +39,7 @@ def split_rows(x, halves_ptr, batch, rows, columns, keep, dim):
     offsets = rows.to(tl.int64)[:, None] * dim + columns[None, :]
     mask = keep[:, None] & (columns < dim)[None, :]
     tl.store(halves_ptr + offsets, high, mask=mask)
-    tl.store(halves_ptr + batch.to(tl.int64) * dim + offsets, low, mask=mask)
+    tl.store(halves_ptr + tl.cast(batch, tl.int64) * dim + offsets, low, mask=mask)
 
 
 @triton.jit
