@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "views.h"
 
@@ -94,9 +95,13 @@ template <class T>
 inline void store(bfloat16* to, T value) {
   *to = from_float<bfloat16>(static_cast<float>(value));
 }
+// A finite number beyond float16's range is stored as the largest of that range: gradients have to stay finite.
 template <class T>
 inline void store(float16* to, T value) {
-  *to = from_float<float16>(static_cast<float>(value));
+  constexpr T largest = 65504;
+  const T magnitude = value < 0 ? -value : value;
+  const T bounded = magnitude > largest && magnitude <= std::numeric_limits<T>::max() ? largest : magnitude;
+  *to = from_float<float16>(static_cast<float>(value < 0 ? -bounded : bounded));
 }
 
 // Calls f(pointer) with `data` cast to the element type of a floating dtype.

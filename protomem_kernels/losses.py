@@ -16,7 +16,7 @@ from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective,
 from protomem_kernels.ops import hardest_negatives
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
-from protomem_kernels.rows import normalize_rows_, refreshed_rows
+from protomem_kernels.rows import normalize_rows_, refreshed_rows, widened
 from protomem_kernels.state import check_parts
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
@@ -172,6 +172,8 @@ class PrototypeMemoryLoss(_Head):
     ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
         self.memory.check(embeddings, labels, weights)
+        if embeddings.dtype == torch.float16:  # the gradients of loss and aggregation add up before they are narrowed
+            embeddings = widened(embeddings)
         targets, banks, counts = (
             self._write(embeddings, labels, weights) if self.training else self._read(embeddings, labels)
         )

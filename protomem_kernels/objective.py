@@ -20,7 +20,7 @@ from protomem_kernels.margins import AnyMargin, ArcFace, TargetMap, as_margin
 from protomem_kernels.mining import Chosen, MiningRule
 from protomem_kernels.ops.call import call
 from protomem_kernels.ops.register import register_function
-from protomem_kernels.rows import unit_embeddings
+from protomem_kernels.rows import unit_embeddings, widened
 from protomem_kernels.types import HardNegativeForm, MarginSoftmaxStats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -109,7 +109,8 @@ class Banks:
         if bank.prototypes.shape[0] == 0:
             return x.new_zeros(x.shape[0])
         inside = bank.has_target()
-        rows = bank.prototypes.index_select(0, torch.where(inside, bank.targets, 0)).to(x.dtype)
+        rows = bank.prototypes.index_select(0, torch.where(inside, bank.targets, 0))
+        rows = widened(rows, x.dtype)
         if self.normalize_prototypes:
             rows, _ = unit_embeddings(rows)
         return torch.where(inside, (x * rows).sum(dim=1), 0)

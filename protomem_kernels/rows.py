@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,73 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Scale each row of ``x`` (N, D) to length 1; a non-finite row becomes NaN, a zero row stays zero and passes none.
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient in ``dtype``; a finite number beyond float16's range becomes the largest of that range.
 
-    The row's largest entry is divided out first, as a constant, so that squares neither overflow nor underflow.
+    A gradient is large where an angle is near 0 or pi, or the scale is. Infinities and NaN stay what they are.
     """
-    largest = x.detach().abs().amax(dim=1, keepdim=True)
-    y = x / torch.where(largest > 0, largest, 1)
+    if dtype == torch.float16 and x.dtype != dtype:
+        largest = torch.finfo(dtype).max
+        x = torch.where(torch.isfinite(x), x.clamp(-largest, largest), x)
+    return x.to(dtype)
+
+
+class _Widened(torch.autograd.Function):
+    """A cast whose gradient is ``narrowed``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return narrowed(grad, ctx.dtype), None
+
+
+def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``x`` in the accumulation dtype, or a ``dtype`` at least as wide; gradients to float16 stay in range."""
+    dtype = accumulation_dtype(x.dtype) if dtype is None else dtype
+    if x.dtype == torch.float16 and dtype != x.dtype:
+        wide: Tensor = _Widened.apply(x, dtype)  # type: ignore[no-untyped-call]
+        return wide
+    return x.to(dtype)
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x`` (..., D) with each row's largest entry divided out as a constant, and that entry (..., 1).
+
+    So that squares neither overflow nor underflow. The entry counts as 1 for a zero row; a non-finite row becomes NaN.
+    """
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    return x / largest, largest
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """Return the length of each row of ``x`` (..., D), (...); NaN for a non-finite one."""
+    y, largest = _scaled(x)
+    lengths: Tensor = torch.linalg.vector_norm(y, dim=-1) * largest[..., 0]
+    return lengths
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Scale each row of ``x`` (N, D) to length 1; a non-finite row becomes NaN, a zero row stays and passes none."""
+    y, _ = _scaled(x)
     norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
     return torch.where(norm == 0, 0, y / torch.where(norm == 0, 1, norm))
 
 
 def unit_embeddings(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit rows (B, D) and norms (B,) in the accumulation dtype (float32, float64 for float64)."""
-    e = embeddings.to(accumulation_dtype(embeddings.dtype))
-    return unit_rows(e), torch.linalg.vector_norm(e, dim=1)
+    y, largest = _scaled(widened(embeddings))
+    norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    return torch.where(norm == 0, 0, y / torch.where(norm == 0, 1, norm)), (norm * largest)[:, 0]
 
 
 def normalize_rows_(x: Tensor) -> None:

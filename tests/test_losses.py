@@ -31,6 +31,7 @@ from protomem_kernels import (
     PrototypeMemoryLoss,
     RecognizabilityQuality,
     SoftmaxQuality,
+    SphereFace,
 )
 from tests import oracles
 
@@ -974,3 +975,15 @@ def test_a_copy_of_a_learnable_memory_asks_for_its_own_optimizer():
                 twin(embeddings, labels)
             twin.attach_optimizer(torch.optim.SGD(twin.parameters(), lr=0.1))
         assert torch.equal(twin(embeddings, labels), head(embeddings, labels))
+
+
+@pytest.mark.parametrize("mode", ["none", "fresh"])
+def test_float16_gradients_stay_in_range(mode: str) -> None:
+    """At cosines of -1, where in "fresh" mode those of the loss and of the aggregation add up."""
+    directions = torch.eye(4) - 0.1
+    loss_fn = PrototypeMemoryLoss(4, 16, margin=SphereFace(), scale=64.0, prototype_gradient=mode)
+    loss_fn(directions.half(), torch.arange(4))
+    embeddings = (-1e-4 * directions).half().requires_grad_()
+    (65536 * loss_fn(embeddings, torch.arange(4))).backward()
+    assert torch.isfinite(embeddings.grad).all()
+    assert embeddings.grad.abs().max() == 65504

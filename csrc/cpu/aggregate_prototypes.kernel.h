@@ -88,7 +88,7 @@ inline Share<T> share_of(const AggregateArgs& a, int64_t sample, T weight, T* bu
   const int64_t dim = a.embeddings.cols;
   const T* row = row_as(a.embeddings, sample, buffer);
   const T square = dot(row, row, dim);
-  if (!a.normalize) return {row, weight, weight * std::sqrt(square)};
+  if (!a.normalize) return {row, weight, weight * length_of(row, dim, square)};
   const Direction<T> x = direction_of(row, dim, buffer, square);
   return {x.values, weight * x.scale, x.scale == 0 ? 0 : weight};
 }
@@ -200,7 +200,8 @@ inline void aggregate_one_backward(const AggregateBackwardArgs& a, int64_t c, co
   const bool weighted = floating_at<T>(a.mass, c) > 0;
   if (norm > 0) {
     const T *grad = row_as(a.grad_prototypes, c, sample_buffer), *prototype = row_as(a.prototypes, c, grad_buffer);
-    combine(tangent, 1 / norm, grad, -dot(grad, prototype, dim) / norm, prototype, dim);
+    combine(tangent, T(1), grad, -dot(grad, prototype, dim), prototype, dim);
+    divide(tangent, norm, dim);  // one over it may leave the range
   }
   for (const int64_t* i = begin; i < end; i++) {
     T* const in_place = row_in_place<T>(a.grad_embeddings, *i);
@@ -212,8 +213,11 @@ inline void aggregate_one_backward(const AggregateBackwardArgs& a, int64_t c, co
     } else if (a.normalize) {
       const Direction<T> x = direction_of(row_as(a.embeddings, *i, sample_buffer), dim, sample_buffer);
       along = dot(tangent, x.values, dim) * x.scale;
-      const T factor = x.length > 0 ? weight / x.length : 0;
-      combine(to, factor, tangent, -factor * along * x.scale, x.values, dim);
+      const T factor = x.length > 0 ? weight : 0;
+      const bool in_range = x.length >= std::numeric_limits<T>::min();  // one over it is
+      const T inverse = in_range ? 1 / x.length : T(1);
+      combine(to, factor * inverse, tangent, -factor * inverse * along * x.scale, x.values, dim);
+      if (!in_range && factor > 0) divide(to, x.length, dim);
     } else {
       along = dot(tangent, row_as(a.embeddings, *i, sample_buffer), dim);
       scale_into(to, weight, tangent, dim);

@@ -167,6 +167,55 @@ def test_huge_and_tiny_embeddings_keep_their_direction(backend: str) -> None:
     torch.testing.assert_close(result.prototypes, torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]))
 
 
+# Lengths and weights whose squares float32 holds, and some whose squares it does not.
+SIZES = [1.0, 1e-37, 1e-30, 1e-24, 1e-20, 1e18, 1e19, 1e24, 1e37]
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dim", [1, 4, 33])
+def test_no_length_and_no_weight_is_too_large_or_too_small(backend: str, normalize: bool, dim: int) -> None:
+    """Only what is not finite or antipodal has no prototype; gradients are right too."""
+    g = torch.Generator().manual_seed(dim)
+    sizes = torch.tensor(SIZES, dtype=torch.float64)
+    one = torch.randn(2 * len(SIZES), dim, generator=g, dtype=torch.float64)
+    one[len(SIZES) :] = one[: len(SIZES)] + 0.1 * one[len(SIZES) :]  # the second sample of each identity
+    one = one / one.norm(dim=1, keepdim=True)
+    labels = torch.arange(len(SIZES)).repeat(2)
+    upstream = torch.randn(len(SIZES), dim, generator=g, dtype=torch.float64)
+    sums = one[: len(SIZES)] + one[len(SIZES) :]
+    truth = sums / sums.norm(dim=1, keepdim=True)
+    along = (upstream * truth).sum(dim=1, keepdim=True)
+    tangent = ((upstream - along * truth) / sums.norm(dim=1, keepdim=True)).repeat(2, 1)
+    if normalize:
+        tangent = tangent - (tangent * one).sum(dim=1, keepdim=True) * one
+    for weighted in (False, True):
+        lengths = torch.ones(2 * len(SIZES), 1) if weighted else sizes.repeat(2)[:, None]
+        e = (one * lengths).float().requires_grad_()
+        weights = sizes.repeat(2).float() if weighted else None
+        with pmk.use_backend(backend):
+            made = pmk.aggregate_prototypes(e, labels, weights, normalize=normalize)
+            (grad,) = torch.autograd.grad(made.prototypes, e, upstream.float())
+        torch.testing.assert_close(made.prototypes.double(), truth, rtol=0, atol=1e-6)
+        torch.testing.assert_close(grad.double() * lengths.double(), tangent, rtol=1e-4, atol=3e-6)
+
+
+@each_backend
+def test_float16_gradients_stay_in_range(backend: str) -> None:
+    e = torch.tensor([[6e-6, -3e-6], [1.0, 2.0], [1e-5, 1e-5]]).half().requires_grad_()
+    weights = torch.tensor([1.0, 1.0, 6e-8]).half().requires_grad_()
+    labels, upstream = torch.tensor([0, 1, 0]), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    results = []
+    for dtype in (torch.float16, torch.float32):
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (e, weights)]
+        with pmk.use_backend(backend):
+            made = pmk.aggregate_prototypes(leaves[0], labels, leaves[1])
+            results.append(torch.autograd.grad(made.prototypes, leaves, upstream))
+    assert results[1][0].abs().max() > 65504
+    for ours, wide in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), wide.clamp(-65504, 65504), rtol=2e-3, atol=1e-3)
+
+
 @each_backend
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])

@@ -509,3 +509,35 @@ X, W, T = torch.randn(4, 3), torch.eye(3), torch.tensor([0, 1, 2, 0])
 def test_bad_input(error: type[Exception], message: str, args: tuple, kwargs: dict) -> None:
     with pytest.raises(error, match=message):
         pmk.margin_softmax_loss(*args, **kwargs)
+
+
+@each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("function", ["loss", "chosen", "logits", "hardest"])
+def test_float16_gradients_stay_in_range(backend: str, function: str, normalize: bool) -> None:
+    """At cosines of -1 and with large scales they are finite, as in float32, and the nearest that float16 has."""
+    direction = torch.tensor([[0.6, 0.8], [0.6, -0.8], [1.0, 0.0]]).half()
+    targets = torch.tensor([0, 1, -1])
+    margin = {"margin": pmk.SphereFace(), "scale": 64.0}
+    run = {
+        "loss": lambda x, w, **kw: pmk.margin_softmax_loss(x, w, targets, **margin, **kw),
+        "chosen": lambda x, w, **kw: pmk.margin_softmax_loss(
+            x, w, targets, mining=pmk.HardestNegatives(1), **margin, **kw
+        ),
+        "logits": lambda x, w, **kw: -pmk.margin_softmax_logits(x, w, targets, **margin, **kw)[0, 0],
+        "hardest": lambda x, w, **kw: 64 * pmk.hardest_negatives(x, w, k=2, **kw).cosines[:, 0].sum(),
+    }[function]
+    results = []
+    for dtype in (torch.float16, torch.float32):
+        x, w = ((-1e-4 * direction).to(dtype), direction.to(dtype))
+        x.requires_grad_()
+        w.requires_grad_()
+        with pmk.use_backend(backend):
+            value = run(x, w, normalize_prototypes=normalize)
+            results.append(torch.autograd.grad(65536 * value, (x, w)))
+    for ours, wide in zip(*results, strict=True):
+        assert torch.isfinite(wide).all()
+        assert torch.isfinite(ours).all()
+        expected = wide.clamp(-65504, 65504)
+        torch.testing.assert_close(ours.float(), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    assert max(float(wide.abs().max()) for wide in results[1]) > 65504  # or this shows nothing

@@ -39,7 +39,7 @@ class RowReader {
 // The gradient of a raw row given that of its unit row, in place: (g - (g . u) u) / |raw|; 0 where the unit row is 0.
 template <class T>
 inline void unit_backward(T* grad, const T* raw, const T* unit, int64_t n) {
-  const T norm = std::sqrt(dot(raw, raw, n)), along = dot(grad, unit, n);
+  const T norm = length_of(raw, n, dot(raw, raw, n)), along = dot(grad, unit, n);
   const bool alive = std::any_of(unit, unit + n, [](T u) { return u != 0; });
   for (int64_t d = 0; d < n; d++) grad[d] = alive ? (grad[d] - along * unit[d]) / (norm > 0 ? norm : T(1)) : T(0);
 }

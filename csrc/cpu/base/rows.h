@@ -83,9 +83,30 @@ inline T dot(const T* x, const T* y, int64_t n) {
   return sum;
 }
 
+// Whether the root of a sum of squares is the length: what squares lose below the smallest normal number lies below the
+// rounding of a sum of this size.
+template <class T>
+inline bool squares_hold(T squares) {
+  constexpr T epsilon = std::numeric_limits<T>::epsilon();
+  constexpr T safe = std::numeric_limits<T>::min() / (epsilon * epsilon);
+  return squares >= safe && squares <= largest_finite<T>;
+}
+
+template <class T>
+inline T largest_of(const T* x, int64_t n) {
+  T largest = 0;
+  for (int64_t d = 0; d < n; d++) largest = std::max(largest, std::abs(x[d]));
+  return largest;
+}
+
+// x /= by
+template <class T>
+inline void divide(T* x, T by, int64_t n) {
+  for (int64_t d = 0; d < n; d++) x[d] /= by;
+}
+
 // The direction of a row x is `values` * `scale`; the scale is 0 for a zero row and NaN for one that is not finite.
-// `length` is the root of the sum of squares as it comes out in T: 0 or infinite where squares leave the range of T,
-// though the direction stands.
+// `length` is infinite where it leaves the range of T, though the direction stands.
 template <class T>
 struct Direction {
   const T* values;
@@ -97,17 +118,24 @@ struct Direction {
 // out first.
 template <class T>
 inline Direction<T> direction_of(const T* x, int64_t n, T* scratch, T squares) {
-  // What squares lose below the smallest normal number lies below the rounding of a sum of this size.
-  constexpr T epsilon = std::numeric_limits<T>::epsilon();
-  constexpr T safe = std::numeric_limits<T>::min() / (epsilon * epsilon);
   const T length = std::sqrt(squares);
-  if (squares >= safe && squares <= largest_finite<T>) return {x, 1 / length, length};
-  T largest = 0;
-  for (int64_t d = 0; d < n; d++) largest = std::max(largest, std::abs(x[d]));
+  if (squares_hold(squares)) return {x, 1 / length, length};
+  const T largest = largest_of(x, n);
   if (squares != squares || largest > largest_finite<T>) return {x, std::numeric_limits<T>::quiet_NaN(), length};
   if (largest == 0) return {x, 0, length};
   for (int64_t d = 0; d < n; d++) scratch[d] = x[d] / largest;
-  return {scratch, 1 / std::sqrt(dot(scratch, scratch, n)), length};
+  const T rest = std::sqrt(dot(scratch, scratch, n));
+  return {scratch, 1 / rest, largest * rest};
+}
+
+// The length alone, without scratch; not finite if anything in x is not.
+template <class T>
+inline T length_of(const T* x, int64_t n, T squares) {
+  const T largest = squares_hold(squares) ? 0 : largest_of(x, n);
+  if (largest == 0 || squares != squares || largest > largest_finite<T>) return std::sqrt(squares);
+  T rest = 0;
+  for (int64_t d = 0; d < n; d++) rest += (x[d] / largest) * (x[d] / largest);
+  return largest * std::sqrt(rest);
 }
 
 template <class T>

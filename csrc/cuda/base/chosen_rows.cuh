@@ -85,7 +85,7 @@ struct LaneRow {
   DEVICE void store(U* to, int dim) const {
 #pragma unroll
     for (int k = 0; k < OWN; k++) {
-      if (column(k) < dim) to[column(k)] = narrow<U>(own[k]);
+      if (column(k) < dim) to[column(k)] = narrow<U>(in_range_of<U>(own[k]));
     }
   }
 };

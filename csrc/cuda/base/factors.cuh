@@ -136,6 +136,8 @@ DEVICE void load_neighbours(float (&to)[N], const float* from) {
 // Writes two neighbouring columns, an even one first, of a contiguous row of D.
 template <class T>
 DEVICE void store_pair(T* row, int column, int dim, float first, float second) {
+  first = in_range_of<T>(first);
+  second = in_range_of<T>(second);
   if (dim % 2 == 0) {  // a pair never straddles the row's end, and lies on a multiple of its size
     if (column >= dim) return;
     if constexpr (sizeof(T) == 2) {

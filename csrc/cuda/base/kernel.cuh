@@ -171,6 +171,19 @@ DEVICE T narrow(Accumulator<T> x) {
   return Narrow<T>::from(x);
 }
 
+// What is to be stored as T: a finite number beyond float16's range becomes the largest of that range, as gradients
+// have to stay finite.
+template <class T>
+DEVICE Accumulator<T> in_range_of(Accumulator<T> x) {
+  if constexpr (std::is_same_v<T, float16>) {
+    constexpr float largest = 65504.0f;
+    const float magnitude = fabsf(x);
+    return magnitude > largest && magnitude <= 3.402823466e38f ? copysignf(largest, x) : x;
+  } else {
+    return x;
+  }
+}
+
 // The bits of one type as another of the same size.
 template <class To, class From>
 DEVICE To bit_cast(From from) {

@@ -56,12 +56,12 @@ DEVICE void store_columns(T* row, int64_t stride, int column, const Accumulator<
     for (int k = 0; k < WIDTH; k += size) {
       Vector16<T> values;
 #pragma unroll
-      for (int i = 0; i < size; i++) values[i] = narrow<T>(x[k + i]);
+      for (int i = 0; i < size; i++) values[i] = narrow<T>(in_range_of<T>(x[k + i]));
       store_16(row + column + k, values);
     }
   } else {
     static_assert(WIDTH == 1);
-    row[column * stride] = narrow<T>(x[0]);
+    row[column * stride] = narrow<T>(in_range_of<T>(x[0]));
   }
 }
 
@@ -213,7 +213,7 @@ DEVICE void put_number(const Vector& x, int64_t i, A value) {
       static_cast<bfloat16*>(x.data)[i * x.stride] = narrow<bfloat16>(static_cast<float>(value));
       break;
     case Dtype::float16:
-      static_cast<float16*>(x.data)[i * x.stride] = narrow<float16>(static_cast<float>(value));
+      static_cast<float16*>(x.data)[i * x.stride] = narrow<float16>(in_range_of<float16>(static_cast<float>(value)));
       break;
     default: static_cast<float*>(x.data)[i * x.stride] = static_cast<float>(value);
   }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from protomem_kernels.rows import unit_rows
+from protomem_kernels.rows import row_lengths, unit_rows
 
 # Logits of one tile: 512 x 1024 float32 is 2 MiB, which stays in cache between the product and the exponential.
 TILE_ELEMENTS = 512 * 1024
@@ -16,7 +16,7 @@ GATHERED_ELEMENTS = 4 * 1024 * 1024  # prototypes gathered at a time for chosen 
 
 def unit_rows_backward(grad: Tensor, raw: Tensor, unit: Tensor) -> Tensor:
     """Return the gradient of ``raw`` (..., D) given that of its unit rows ``unit``: (g - (g . u) u) / |raw|; 0 at 0."""
-    length = torch.linalg.vector_norm(raw, dim=-1, keepdim=True)
+    length = row_lengths(raw)[..., None]
     along = (grad * unit).sum(dim=-1, keepdim=True)
     alive = (unit != 0).any(dim=-1, keepdim=True)  # a zero `unit` row stands for nothing, whatever `raw` holds there
     return torch.where(alive, (grad - along * unit) / torch.where(length > 0, length, 1), 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from protomem_kernels.backends.reference._rows import sum_rows
-from protomem_kernels.rows import accumulation_dtype, unit_rows
+from protomem_kernels.rows import accumulation_dtype, narrowed, row_lengths, unit_rows
 
 ANTIPODAL = 1e-6  # |m_c| at or below this share of sum q_i |x_i| has no direction worth keeping
 
@@ -64,8 +64,8 @@ def aggregate_prototypes(
     mass = sum_rows(given, index, rows)
     q = torch.where(take(mass, index) > 0, given, 1)
     total = sum_rows(q[:, None] * x, index, rows)
-    budget = sum_rows(q * torch.linalg.vector_norm(x, dim=1), index, rows)
-    norm = torch.linalg.vector_norm(total, dim=1)
+    budget = sum_rows(q * row_lengths(x), index, rows)
+    norm = row_lengths(total)
     exists = torch.isfinite(total).all(dim=1) & torch.isfinite(norm) & (norm > ANTIPODAL * budget)
     prototypes = torch.where(exists[:, None], unit_rows(total), 0)
     return prototypes, identities, index, mass, torch.where(exists, norm, 0)
@@ -102,10 +102,11 @@ def aggregate_prototypes_backward(
 
     grad_weights = torch.where(weighted, (x * grad_sum).sum(dim=1), 0) + take(grad_mass, index)
     if weights is not None:
-        grad_weights = torch.where(torch.isfinite(weights) & (weights >= 0), grad_weights, 0).to(weights.dtype)
+        grad_weights = torch.where(torch.isfinite(weights) & (weights >= 0), grad_weights, 0)
+        grad_weights = narrowed(grad_weights, weights.dtype)
     grad = q[:, None] * grad_sum
     if normalize:
-        length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
+        length = row_lengths(e)[:, None]
         grad = grad - (grad * x).sum(dim=1, keepdim=True) * x
         grad = torch.where(lives & (length > 0), grad / torch.where(length > 0, length, 1), 0)
-    return grad.to(embeddings.dtype), grad_weights
+    return narrowed(grad, embeddings.dtype), grad_weights

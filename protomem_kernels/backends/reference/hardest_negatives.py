@@ -21,6 +21,7 @@ from protomem_kernels.backends.reference._rows import (
     tile_width,
     valid_slots,
 )
+from protomem_kernels.rows import narrowed
 
 NONE = float("-inf")
 
@@ -73,4 +74,4 @@ def hardest_negatives_backward(
             raw = gather_rows(prototypes, slots[rows], x.dtype, False)
             row_grad = chosen_rows_backward(grad[rows], x[rows], raw, w, normalize_prototypes)
             add_rows_(grad_w, slots[rows].flatten(), row_grad.flatten(0, 1))
-    return grad_x, grad_w.to(prototypes.dtype)
+    return grad_x, narrowed(grad_w, prototypes.dtype)

@@ -17,6 +17,7 @@ from protomem_kernels.backends.reference._rows import (
     valid_slots,
 )
 from protomem_kernels.backends.reference.negative_logsumexp import all_present, reshape_hard
+from protomem_kernels.rows import narrowed
 
 
 def margin_softmax_logits(
@@ -84,7 +85,7 @@ def margin_softmax_logits_backward(
             tile_grad = (g if all_alive else torch.where(alive, g, 0)).T @ sound
             if normalize_prototypes:
                 tile_grad = unit_rows_backward(tile_grad, prototypes[start : start + width].to(x.dtype), tile)
-            grad_w[start : start + width] = tile_grad
+            grad_w[start : start + width] = narrowed(tile_grad, grad_w.dtype)
     if capacity == 0:
         return grad_x, grad_w, x.new_zeros(x.shape[0])
     grad_target = grad.gather(1, targets.clamp(min=0)[:, None])[:, 0]

@@ -35,6 +35,7 @@ from protomem_kernels.backends.reference._rows import (
     unit_rows_backward,
     valid_slots,
 )
+from protomem_kernels.rows import narrowed
 
 
 def reshape_hard(
@@ -277,7 +278,7 @@ def negative_logsumexp_backward_(
         tile_grad = p.T @ x
         if normalize_prototypes:
             tile_grad = unit_rows_backward(tile_grad, prototypes[start : start + width].to(x.dtype), tile)
-        grad_prototypes[start : start + width] = tile_grad
+        grad_prototypes[start : start + width] = narrowed(tile_grad, grad_prototypes.dtype)
 
 
 def _gathered_backward(
@@ -303,4 +304,4 @@ def _gathered_backward(
         raw = gather_rows(prototypes, slots[rows], x.dtype, False)
         row_grad = chosen_rows_backward(grad_cosines[rows], x[rows], raw, w, normalize_prototypes)
         add_rows_(grad, slots[rows].flatten(), row_grad.flatten(0, 1))
-    return grad.to(prototypes.dtype)
+    return narrowed(grad, prototypes.dtype)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.rows import ranks, unit_rows
-from protomem_kernels.backends.triton.tiles import load_rows, load_slots, narrow
+from protomem_kernels.backends.triton.tiles import load_rows, load_slots, narrow_gradient
 from protomem_kernels.rows import accumulation_dtype
 
 ANTIPODAL = tl.constexpr(1e-6)  # |m_c| at or below this share of sum q_i |x_i| has no direction worth keeping
@@ -177,13 +177,13 @@ def backward_kernel(
         grad = q[:, None] * t
     out = samples.to(tl.int64)[:, None] * dim + columns[None, :]
     mask = inside[:, None] & (columns < dim)[None, :]
-    tl.store(grad_embeddings_ptr + out, narrow(grad, grad_embeddings_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_embeddings_ptr + out, narrow_gradient(grad, grad_embeddings_ptr.dtype.element_ty), mask=mask)
 
     grad_weights = tl.where(mass > 0, along, 0.0) + grad_mass
     if weights_ptr is not None:
         given = tl.load(weights_ptr + samples.to(tl.int64) * stride_weight, mask=inside, other=0.0)
         grad_weights = tl.where((given >= 0) & (given < float("inf")), grad_weights, 0.0)
-    tl.store(grad_weights_ptr + samples, narrow(grad_weights, grad_weights_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_weights_ptr + samples, narrow_gradient(grad_weights, grad_weights_ptr.dtype.element_ty), mask=inside)
 
 
 def aggregate_prototypes(

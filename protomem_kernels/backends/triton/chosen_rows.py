@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protomem_kernels.backends.triton import launch
-from protomem_kernels.backends.triton.tiles import inverse_length, narrow, squares
+from protomem_kernels.backends.triton.tiles import inverse_length, narrow_gradient, squares
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def chosen_rows_kernel(
             direction = w * inverse
             along = tl.sum(total[None, :] * direction, axis=1)[:, None]
             total = tl.sum((total[None, :] - along * direction) * inverse, axis=0)
-        out = narrow(total, grad_prototypes_ptr.dtype.element_ty)
+        out = narrow_gradient(total, grad_prototypes_ptr.dtype.element_ty)
         tl.store(grad_prototypes_ptr + slot * dim + columns, out, mask=inside)
 
 

@@ -20,6 +20,7 @@ from protomem_kernels.backends.triton.tiles import (
     load_slots,
     load_vector,
     narrow,
+    narrow_gradient,
     reshape_hard,
     scalar,
     squares,
@@ -412,6 +413,6 @@ def gradient_kernel(
         grad = dot(minus, own, grad / size[:, None]) * (size * inverse)[:, None]
     if unit_ptr is not None:
         grad = grad / unit
-    out = narrow(grad, grad_prototypes_ptr.dtype.element_ty)
+    out = narrow_gradient(grad, grad_prototypes_ptr.dtype.element_ty)
     offsets = slots.to(tl.int64)[:, None] * dim + columns[None, :]
     tl.store(grad_prototypes_ptr + offsets, out, mask=inside[:, None] & (columns < dim)[None, :])

@@ -41,6 +41,7 @@ from protomem_kernels.backends.triton.tiles import (
     load_rows,
     load_slots,
     narrow,
+    narrow_gradient,
     reshape_hard,
     scalar,
 )
@@ -317,7 +318,7 @@ def _prototypes_gradient_kernel(
         x = load_rows(x_ptr, rows, columns, stride_x_row, stride_x_column, alive, dim)
         acc = dot(tl.trans(narrow(h, product_dtype)), narrow(x, product_dtype), acc)
     inside = (slots < width)[:, None] & (columns < dim)[None, :]
-    acc = narrow(acc, grad_w_ptr.dtype.element_ty)
+    acc = narrow_gradient(acc, grad_w_ptr.dtype.element_ty)
     tl.store(grad_w_ptr + slots[:, None] * dim + columns[None, :], acc, mask=inside)
 
 
@@ -346,7 +347,11 @@ def _normalisation_kernel(
     unit = w.to(g.dtype) * inverse
     g = (g - tl.sum(g * unit, axis=1)[:, None] * unit) * inverse
     inside = (slots < width)[:, None] & (columns < dim)[None, :]
-    tl.store(grad_w_ptr + slots[:, None] * dim + columns[None, :], narrow(g, grad_w_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        grad_w_ptr + slots[:, None] * dim + columns[None, :],
+        narrow_gradient(g, grad_w_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def margin_softmax_logits(

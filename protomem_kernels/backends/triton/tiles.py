@@ -49,6 +49,14 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def narrow_gradient(x, dtype: tl.constexpr):
+    """Return ``narrow(x, dtype)``; a finite number beyond float16's range becomes the largest of that range."""
+    if dtype == tl.float16:
+        x = tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)
+    return narrow(x, dtype)
+
+
+@triton.jit
 def load_rows(ptr, rows, columns, stride_row, stride_column, keep, dim):
     """Return the entries (rows, columns) of a matrix, 0 in rows that are not to ``keep`` and in columns past ``dim``.
 
