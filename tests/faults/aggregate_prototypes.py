@@ -52,6 +52,20 @@ FAULTS = [
         "y = x",
         f"{T_AGGREGATE}::test_huge_and_tiny_embeddings_keep_their_direction",
     ),
+    Fault(
+        "lengths whose squares leave the range",
+        "rows.py",
+        "lengths: Tensor = torch.linalg.vector_norm(y, dim=-1) * largest[..., 0]",
+        "lengths: Tensor = torch.linalg.vector_norm(x, dim=-1)",
+        f"{T_AGGREGATE}::test_no_length_and_no_weight_is_too_large_or_too_small",
+    ),
+    Fault(
+        "gradients beyond the range of float16",
+        "rows.py",
+        "x = torch.where(torch.isfinite(x), x.clamp(-largest, largest), x)",
+        "pass",
+        f"{T_AGGREGATE}::test_float16_gradients_stay_in_range",
+    ),
     Fault("mask at a segment's tail", TRITON, "keep = at < length\n", "keep = at <= length\n", T_SUM),
     Fault(
         "strides of the embeddings swapped",
