@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -26,6 +27,90 @@ def check_tensor(name: str, value: Any, ndim: int, what: str, *, floating: bool)
         raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
 
 
+_INTEGERS = frozenset({torch.int64, torch.int32})  # what the operators take as it is
+_SMALL_INTEGERS = frozenset({torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32})
+
+
+def as_labels(name: str, value: Any, what: str, like: Tensor | None = None) -> Tensor:
+    """Return labels, slots or identities as a tensor of int64 or int32; ``what`` spells the shape out: ``(B,)``.
+
+    Tensors of other integers, NumPy arrays, pandas Series (by position), and lists of integers become int64; what is no
+    tensor goes to the device of ``like``. uint64 is taken where int64 holds it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, and the call that mends it.
+    """
+    labels = tensor_of(name, value, what)
+    if labels is not value and like is not None:
+        labels = labels.to(like.device)
+    if labels.ndim != 1:
+        way = way_to_one_dimension(name, labels.shape)
+        raise ValueError(f"{name} must have shape {what}, got {shape_of(labels)}{way}")
+    if labels.dtype in _INTEGERS:
+        return labels
+    if labels.dtype in _SMALL_INTEGERS:
+        return labels.long()
+    if labels.dtype == torch.uint64 and labels.is_cpu:
+        return _signed(name, labels)
+    raise TypeError(f"{name} must be int64 or int32, got {labels.dtype}; {name}.long() makes it so")
+
+
+def _signed(name: str, labels: Tensor) -> Tensor:
+    signed = labels.view(torch.int64)
+    if bool((signed < 0).any()):
+        raise ValueError(
+            f"{name} must be below 2**63 to be int64, got {labels[signed < 0][0].item()}; of 64-bit hashes drop a bit: "
+            f"{name}.view(torch.int64) & (2**63 - 1)"
+        )
+    return signed
+
+
+def tensor_of(name: str, value: Any, what: str) -> Tensor:
+    """Return numbers in whatever form they come (a tensor, an array, a Series by position, a list) as a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if hasattr(value, "to_numpy"):
+        value = value.to_numpy()
+    dtype: Any = getattr(value, "dtype", None)
+    kind = getattr(dtype, "kind", None)
+    if kind is not None and kind in "iuf":
+        return torch.from_numpy(value.astype(dtype.newbyteorder("="), order="C"))
+    if kind is not None and kind not in "bO":
+        raise TypeError(f"{name} must be integers of shape {what}, got {dtype}{way_to_integers(name, dtype.kind)}")
+    if kind is None and not isinstance(value, (list, tuple, range)):
+        came = type(value).__name__
+        raise TypeError(f"{name} must be a tensor of shape {what}, or integers that make one, got {came}")
+    values = list(value)
+    try:
+        return torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError, OverflowError):  # beyond int64, or no numbers at all
+        return _unsigned(name, values, what)
+
+
+def _unsigned(name: str, values: list[Any], what: str) -> Tensor:
+    for place, value in enumerate(values):
+        try:
+            number = operator.index(value)
+        except TypeError as error:
+            came = f"{value!r:.40} ({type(value).__name__}) at index {place}{way_to_integers(name, 'O')}"
+            raise TypeError(f"{name} must be integers of shape {what}, got {came}") from error
+        if not 0 <= number < 2**64:
+            raise ValueError(f"{name} must be integers of at most 64 bits, got {number} at index {place}")
+    return torch.tensor(values, dtype=torch.uint64)
+
+
+def way_to_one_dimension(name: str, shape: tuple[int, ...]) -> str:
+    """Return the end of a message: the call that makes labels (B,) of (B, 1)."""
+    return f"; {name}.squeeze(1) makes it so" if len(shape) == 2 and shape[1] == 1 else ""
+
+
+def way_to_integers(name: str, kind: str) -> str:
+    """Return the end of a message: the call that makes integers of an array whose NumPy dtype is of this kind."""
+    if kind in "fb":
+        return f"; {name}.astype('int64') makes it so"
+    return f"; number them: numpy.unique({name}, return_inverse=True)[1]"
+
+
 def check_matches(name: str, value: Tensor, shape: tuple[int, ...], other_name: str, other: Tensor) -> None:
     """Check the exact shape, and that the tensor lies on the device of ``other``."""
     if value.shape != shape:
@@ -42,14 +127,15 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
 
 
-def check_batch(embeddings: Any, labels: Any, name: str = "labels") -> None:
-    """Check ``embeddings`` (B, D) floating and ``labels`` (B,) integers."""
+def check_batch(embeddings: Any, labels: Any, name: str = "labels") -> Tensor:
+    """Check ``embeddings`` (B, D) floating and ``labels`` (B,) integers; return the labels as ``as_labels`` does."""
     check_tensor("embeddings", embeddings, 2, "(B, D)", floating=True)
     batch, columns = embeddings.shape
     if columns == 0:
         raise ValueError(f"embeddings must have at least one column, got {shape_of(embeddings)}")
-    check_tensor(name, labels, 1, "(B,)", floating=False)
-    check_matches(name, labels, (batch,), "embeddings", embeddings)
+    checked = as_labels(name, labels, "(B,)", embeddings)
+    check_matches(name, checked, (batch,), "embeddings", embeddings)
+    return checked
 
 
 def check_weights(weights: Any, embeddings: Tensor) -> None:

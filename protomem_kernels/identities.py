@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protomem_kernels._checks import check_tensor
+from protomem_kernels._checks import as_labels, check_tensor
 
 
 def match_identities(memory_identities: Tensor, identities: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +44,6 @@ def match_identities(memory_identities: Tensor, identities: Tensor, usable: Tens
 def find_slots(memory_identities: Tensor, identities: Tensor) -> Tensor:
     """Return where each identity (P,) stands among the memory's (M,): slots (P,) int64, -1 if absent or negative."""
     check_tensor("memory_identities", memory_identities, 1, "(M,)", floating=False)
-    check_tensor("identities", identities, 1, "(P,)", floating=False)
+    identities = as_labels("identities", identities, "(P,)", memory_identities)
     usable = torch.ones_like(identities, dtype=torch.bool)
     return match_identities(memory_identities.long(), identities.long(), usable)[1]

@@ -81,8 +81,9 @@ class PrototypeMemoryLoss(_Head):
 
     Shapes:
         ``forward(embeddings (B, D) floating, labels (B,) int, weights (B,) or None) -> loss``; labels may be any
-        int64, negative ones are ignored. Samples whose identity got no prototype (antipodal images) are ignored; a
-        sample that is not finite makes the loss non-finite, and never enters the memory.
+        int64, negative ones are ignored; other integers, NumPy arrays, pandas Series and lists are taken for tensors of
+        them. Samples whose identity got no prototype (antipodal images) are ignored; a sample that is not finite makes
+        the loss non-finite, and never enters the memory.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
@@ -171,7 +172,7 @@ class PrototypeMemoryLoss(_Head):
         self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
-        self.memory.check(embeddings, labels, weights)
+        labels = self.memory.check(embeddings, labels, weights)
         if embeddings.dtype == torch.float16:  # the gradients of loss and aggregation add up before they are narrowed
             embeddings = widened(embeddings)
         targets, banks, counts = (

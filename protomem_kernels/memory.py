@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor, check_weights
+from protomem_kernels._checks import as_labels, check_batch, check_choice, check_int, check_number, check_weights
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops import aggregate_prototypes, hardest_negatives
 from protomem_kernels.ops.enqueue import POLICIES, enqueue_keeping_previous_
@@ -124,14 +124,14 @@ class PrototypeMemory(StatefulModule):
             f"refresh_ratio={self.refresh_ratio:g}, policy={self.policy!r}, dtype={self.prototypes.dtype}"
         )
 
-    def check(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        """Check a batch against the memory, and the memory if something else has written it.
+    def check(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Check a batch against the memory, and the memory if something else has written it; return labels as a tensor.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         self._validate_foreign_state()
-        check_batch(embeddings, labels)
+        labels = check_batch(embeddings, labels)
         if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(
                 f"embeddings must have shape (B, {self.embedding_dim}) to match the memory's embedding_dim, "
@@ -140,19 +140,20 @@ class PrototypeMemory(StatefulModule):
         if embeddings.device != self.identities.device:
             raise ValueError(f"embeddings must be on {self.identities.device} like the memory, got {embeddings.device}")
         check_weights(weights, embeddings)
+        return labels
 
     def aggregate(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> AggregatedPrototypes:
         """Make the batch's prototypes, padded to min(B, M) rows so that no size depends on data.
 
         Args:
             embeddings: (B, D) floating.
-            labels: (B,) int; negative: the sample takes no part.
+            labels: (B,) integers; negative: the sample takes no part.
             weights: (B,) floating >= 0. Default: all 1.
 
         Raises:
             ValueError: also if the batch holds more identities than the memory has slots (CPU tensors).
         """
-        self.check(embeddings, labels, weights)
+        labels = self.check(embeddings, labels, weights)
         rows = min(embeddings.shape[0], self.capacity)
         return aggregate_prototypes(embeddings, labels, weights, max_identities=rows)
 
@@ -201,9 +202,8 @@ class PrototypeMemory(StatefulModule):
     @torch.no_grad()
     def lookup(self, labels: Tensor) -> Tensor:
         """Return the slot of each label (B,) int64, -1 where it is not in the memory or negative."""
-        check_tensor("labels", labels, 1, "(B,)", floating=False)
         self._validate_foreign_state()
-        return find_slots(self.identities, labels)
+        return find_slots(self.identities, as_labels("labels", labels, "(B,)", self.identities))
 
     @torch.no_grad()
     def doppelgangers(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

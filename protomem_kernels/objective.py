@@ -163,7 +163,7 @@ def margin_softmax_loss(
 
     Source: Deng et al., ArcFace, arXiv 1801.07698; Smirnov et al., Prototype Memory, arXiv 2105.02103.
     """
-    check_batch(embeddings, targets, "targets")
+    targets = check_batch(embeddings, targets, "targets")
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
     return loss_over_banks(
@@ -257,7 +257,7 @@ def margin_softmax_logits(
         >>> margin_softmax_logits(embeddings, torch.eye(2), targets, margin=CosFace(0.25), scale=10)
         tensor([[3.5000, 8.0000]])
     """
-    check_batch(embeddings, targets, "targets")
+    targets = check_batch(embeddings, targets, "targets")
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
     check_objective(margin, scale, mining)

@@ -48,7 +48,7 @@ class NormQuality:
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the weights (B,)."""
-        check_batch(embeddings, labels)
+        labels = check_batch(embeddings, labels)
         _, norm = unit_embeddings(embeddings)
         usable = (labels >= 0) & torch.isfinite(norm)
         largest = torch.where(usable, norm, 0).max() if norm.numel() else norm.new_ones(())
@@ -132,7 +132,7 @@ class RecognizabilityQuality(StatefulModule):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the weights (B,)."""
         self._check(embeddings)
-        check_batch(embeddings, labels)
+        labels = check_batch(embeddings, labels)
         x, _ = unit_embeddings(embeddings)
         quality = (1 - (x * self.unrecognizable.to(x.dtype)).sum(dim=1)).clamp(0, 1)
         if self.mode == "hard":
@@ -152,7 +152,7 @@ class CenterQuality:
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the weights (B,)."""
-        check_batch(embeddings, labels)
+        labels = check_batch(embeddings, labels)
         x, _ = unit_embeddings(embeddings)
         x = torch.where(torch.isfinite(x).all(dim=1, keepdim=True), x, 0)
         same = _same_identity(labels).to(x.dtype)
@@ -185,7 +185,7 @@ class SoftmaxQuality(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the weights (B,); those of one identity sum to 1."""
-        check_batch(embeddings, labels)
+        labels = check_batch(embeddings, labels)
         score = self.base(embeddings, labels) / self.temperature
         rivals = torch.where(_same_identity(labels), score[None, :], float("-inf"))
         return _finish((score - rivals.logsumexp(dim=1)).exp(), labels, self.detach)

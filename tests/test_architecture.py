@@ -27,7 +27,9 @@ BELOW: dict[str, set[str]] = {
     "training": {"compat", "data", ""},
     "": {"losses", "warm_up"},
     "warm_up": {"losses"},
-    "data": {"types", "_checks"},
+    "sampling": {"data"},  # an earlier name of data.sampling, and the next of data.evaluation
+    "evaluation": {"data"},
+    "data": {"types", "_checks", "_warnings"},
     "compat": {"losses"},
     "losses": {"memory", "objective", "quality", "optimizers"},
     "memory": {"ops", "identities", "state"},

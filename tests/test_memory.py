@@ -352,7 +352,7 @@ E, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         ),
         (lambda: PrototypeMemory(4, 4).update(E, Y, Y), TypeError, "weights must be floating point"),
         (lambda: PrototypeMemory(4, 4).lookup(Y[0]), ValueError, r"labels must have shape \(B,\), got \(\)"),
-        (lambda: PrototypeMemory(4, 4).lookup([1]), TypeError, "labels must be a tensor"),
+        (lambda: PrototypeMemory(4, 4).lookup("ann"), TypeError, "labels must be a tensor"),
         (lambda: PrototypeMemory(4, 4).doppelgangers(Y, 0), ValueError, "k must be at least 1, got 0"),
         (lambda: PrototypeMemory(4, 4).doppelgangers(Y, 1.5), TypeError, "k must be an int, got float"),
         (lambda: PrototypeMemory(4, 4).doppelgangers(Y.float(), 1), TypeError, "labels must be int64 or int32"),

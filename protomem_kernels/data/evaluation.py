@@ -20,6 +20,8 @@ from sklearn.metrics import auc, roc_curve
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
+from protomem_kernels._checks import way_to_integers, way_to_one_dimension
+
 __all__ = [
     "HardestPairs",
     "Pairs",
@@ -92,21 +94,25 @@ def _array(values: ArrayLike) -> npt.NDArray[Any]:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values.double().numpy() if values.is_floating_point() else values.numpy()
+    elif hasattr(values, "to_numpy"):  # of pandas: by position, whatever the index
+        values = values.to_numpy()
     return np.asarray(values)
 
 
 def _checked_labels(labels: ArrayLike) -> Ints:
+    """Check labels, and return their ranks among the distinct ones: that is all that counts, and holds uint64 too."""
     array = _array(labels)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers of shape (N,), got {array.dtype} of shape {array.shape}")
+        way = way_to_one_dimension("labels", array.shape) or way_to_integers("labels", array.dtype.kind)
+        raise ValueError(f"labels must be integers of shape (N,), got {array.dtype} of shape {array.shape}{way}")
     if array.size and array.min() < 0:
         raise ValueError(f"labels must be identities, that is >= 0, got {array.min()}")
-    identities, counts = np.unique(array, return_counts=True)
+    identities, ranks, counts = np.unique(array, return_inverse=True, return_counts=True)
     if len(identities) < 2:
         raise ValueError(f"labels must hold at least two identities, got {len(identities)}")
     if counts.max() < 2:
         raise ValueError(f"labels must hold at least one identity twice (a genuine pair), got {len(array)} different")
-    return array.astype(np.int64)
+    return ranks.astype(np.int64)
 
 
 def _unit(embeddings: ArrayLike, count: int | None = None) -> Floats:

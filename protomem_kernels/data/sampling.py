@@ -16,15 +16,21 @@ look-alikes meet in one batch.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from protomem_kernels._checks import tensor_of, way_to_one_dimension
+from protomem_kernels._warnings import warn_caller
+from protomem_kernels.data.sharing import Sharing, shared_out_by_caller
+
 __all__ = ["DoppelgangerBatchSampler", "DoppelgangerSource", "IdentityBatchSampler"]
+
+Labels: TypeAlias = Any  # a tensor, an array, a Series or a list of integers
 
 _LOOKUP_CHUNK = 4096  # identities per call to the memory: bounds the (chunk, M) work of one look-up
 
@@ -46,16 +52,20 @@ class _Catalogue(NamedTuple):
     sizes: Tensor  # (C,) int64: images per identity
 
 
-def _catalogue(labels: Tensor | Sequence[int]) -> _Catalogue:
-    labels = torch.as_tensor(labels).detach().cpu()
+def _catalogue(labels: Labels) -> _Catalogue:
+    labels = tensor_of("labels", labels, "(N,)").detach().cpu()
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"labels must be integers, got {labels.dtype}; labels.long() makes it so")
     if labels.dim() != 1:
-        raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
-    images = torch.nonzero(labels >= 0).squeeze(1)
+        way = way_to_one_dimension("labels", labels.shape)
+        raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}{way}")
+    # 64-bit hashes are identities all of them; beyond int64 they are known by the same bits, below zero.
+    unsigned = labels.dtype == torch.uint64
+    labels = labels.view(torch.int64) if unsigned else labels.long()
+    images = torch.arange(len(labels)) if unsigned else torch.nonzero(labels >= 0).squeeze(1)
     if not len(images):
         raise ValueError(f"labels must hold at least one identity (a label >= 0), got none in {len(labels)} labels")
-    identities, owners, sizes = torch.unique(labels[images].long(), return_inverse=True, return_counts=True)
+    identities, owners, sizes = torch.unique(labels[images], return_inverse=True, return_counts=True)
     return _Catalogue(identities, images, owners, sizes)
 
 
@@ -170,12 +180,19 @@ class IdentityBatchSampler(Sampler[list[int]]):
     wherever that is possible. Batches have the same size up to one group (so there is no tiny last batch), never more
     than ``identities_per_batch`` groups. The batches of an epoch are a function of ``(seed, epoch)`` alone.
 
+    Lightning and accelerate find ``set_epoch`` by themselves (through ``sampler``). Each image goes to one rank: a
+    loader that accelerate prepares is shared out by accelerate, any other by the sampler. Lightning wants to be told by
+    ``Trainer(use_distributed_sampler=False)`` that the sampler does it, and raises otherwise.
+
     Args:
-        labels: (N,) integers, the identity of each image; negative means "none", and that image is left out.
-        identities_per_batch: groups in a batch, at least 1. More than there are identities counts as that many.
+        labels: (N,) integers, the identity of each image, as a tensor, array, pandas Series (by position) or list;
+            negative means "none", and that image is left out. uint64 (hashes of names) have no such.
+        identities_per_batch: groups in a batch, at least 1. More than there are identities counts as that many, after a
+            warning.
         images_per_identity: images in a group, at least 1.
         seed: seed of the shuffles.
-        num_replicas: ranks that share an epoch; default: the world size of ``torch.distributed``, 1 without it.
+        num_replicas: ranks that share an epoch; default: the world size of ``torch.distributed``, 1 without it, asked
+            for at the start of each epoch.
             Every rank gets the same number of batches, and no group goes to two ranks (unless there are fewer groups
             than ranks: then groups are repeated).
         rank: this rank, from 0; default: the rank in ``torch.distributed``, 0 without it.
@@ -185,7 +202,7 @@ class IdentityBatchSampler(Sampler[list[int]]):
     Raises:
         TypeError: ``labels`` are not integers.
         ValueError: ``labels`` are not one-dimensional or hold no identity; a count is below 1; ``rank`` is not below
-            ``num_replicas``.
+            ``num_replicas``; in iteration: accelerate shares out among another number of processes.
 
     Example:
         >>> labels = [7, 7, 7, 7, 3, 3, -1]
@@ -200,7 +217,7 @@ class IdentityBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        labels: Tensor | Sequence[int],
+        labels: Labels,
         identities_per_batch: int,
         images_per_identity: int,
         *,
@@ -209,47 +226,90 @@ class IdentityBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
         drop_last: bool = False,
     ) -> None:
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if _distributed() else 1
-        if rank is None:
-            rank = dist.get_rank() if _distributed() else 0
         _at_least(1, identities_per_batch=identities_per_batch, images_per_identity=images_per_identity)
-        _at_least(1, num_replicas=num_replicas)
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank must be in [0, {num_replicas}) for num_replicas = {num_replicas}, got {rank}")
+        self._num_replicas, self._rank = num_replicas, rank
+        _at_least(1, num_replicas=self.num_replicas)
+        if not 0 <= self.rank < self.num_replicas:
+            raise ValueError(
+                f"rank must be in [0, {self.num_replicas}) for num_replicas = {self.num_replicas}, got {self.rank}"
+            )
 
         self._catalogue = _catalogue(labels)
         self._counts = _group_counts(self._catalogue, images_per_identity)
+        if identities_per_batch > len(self._counts):
+            warn_caller(
+                f"identities_per_batch is {identities_per_batch}, and there are {len(self._counts)} identities: "
+                "a batch holds no more of them than that"
+            )
         self.identities_per_batch = min(identities_per_batch, len(self._counts))
         self.images_per_identity = images_per_identity
         self.seed, self.epoch = seed, 0
-        self.num_replicas, self.rank = num_replicas, rank
         self.drop_last = drop_last
+        self._groups = int(self._counts.sum())
 
-        per_round = self.identities_per_batch * num_replicas  # groups that fill one batch on every rank
-        groups = int(self._counts.sum())
-        self._batches_per_rank = groups // per_round if drop_last else -(-groups // per_round)
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that share an epoch."""
+        if self._num_replicas is not None:
+            return self._num_replicas
+        return dist.get_world_size() if _distributed() else 1
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        if self._rank is not None:
+            return self._rank
+        return dist.get_rank() if _distributed() else 0
+
+    @property
+    def sampler(self) -> Sampler[int]:
+        """The positions, batch after batch, as ``torch.utils.data.BatchSampler`` has it; its ``set_epoch`` is ours."""
+        return _Positions(self)
 
     def __len__(self) -> int:
-        """Batches of one epoch on one rank."""
-        return self._batches_per_rank
+        """Batches of one epoch on one rank; on all of them for a wrapper that shares them out."""
+        sharing = shared_out_by_caller()
+        replicas = self._replicas(sharing)
+        return self._batches_per_rank(replicas) * (replicas if sharing else 1)
+
+    def _replicas(self, sharing: Sharing | None) -> int:
+        if sharing is None:
+            return self.num_replicas
+        if self._num_replicas not in (None, 1, sharing.processes):
+            raise ValueError(
+                f"num_replicas must be {sharing.processes}, or left out, to be shared out by accelerate among "
+                f"{sharing.processes} processes, got {self._num_replicas}"
+            )
+        return sharing.processes
+
+    def _batches_per_rank(self, replicas: int) -> int:
+        per_round = self.identities_per_batch * replicas  # groups that fill one batch on every rank
+        return self._groups // per_round if self.drop_last else -(-self._groups // per_round)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose batches the next iteration yields; call it before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's batches of the epoch: lists of positions, the images of one identity side by side."""
-        if not self._batches_per_rank:
+        """Yield this rank's batches of the epoch: lists of positions, the images of one identity side by side.
+
+        A wrapper that shares them out gets those of all ranks, in turn.
+        """
+        return self._walk(shared_out_by_caller())
+
+    def _walk(self, sharing: Sharing | None) -> Iterator[list[int]]:
+        replicas = self._replicas(sharing)
+        batches = self._batches_per_rank(replicas) * replicas
+        if not batches:
             return
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
         groups = _deal_groups(self._catalogue, self.images_per_identity, generator)
-        turns = self._turns(generator)
+        turns = self._turns(batches, generator)
         counts = torch.bincount(turns, minlength=len(self._counts))
-        batches = self._batches_per_rank * self.num_replicas
         share, rest = divmod(len(turns), batches)
         sizes = [share + 1] * rest + [share] * (batches - rest)
-        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, self._neighbours())
+        in_step = replicas if sharing is None or sharing.everywhere else 1
+        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, self._neighbours(in_step))
 
         # The t-th time that an identity stands in the schedule, it brings its t-th group.
         owners = torch.tensor([c for batch in schedule for c in batch])
@@ -257,13 +317,13 @@ class IdentityBatchSampler(Sampler[list[int]]):
         nth[torch.argsort(owners, stable=True)] = _nth(counts)
         dealt = groups[_starts(self._counts)[owners] + nth % self._counts[owners]]
         rows = torch.tensor_split(dealt, torch.tensor(sizes).cumsum(0)[:-1])
-        for index in torch.randperm(batches, generator=generator)[self.rank :: self.num_replicas].tolist():
+        order = torch.randperm(batches, generator=generator)
+        for index in (order[self.rank :: replicas] if sharing is None else order).tolist():
             yield rows[index].flatten().tolist()
 
-    def _turns(self, generator: torch.Generator) -> Tensor:
+    def _turns(self, batches: int, generator: torch.Generator) -> Tensor:
         """The identities (rows) in the order in which their groups are to be handed out: (groups of this epoch,)."""
         owners = torch.repeat_interleave(self._counts)
-        batches = self._batches_per_rank * self.num_replicas
         order = torch.randperm(len(owners), generator=generator)
         if self.drop_last:  # leave out first what an identity has beyond one group per batch, then at random
             order = order[torch.argsort((_nth(self._counts)[order] >= batches).int(), stable=True)]
@@ -272,8 +332,25 @@ class IdentityBatchSampler(Sampler[list[int]]):
             order = order.repeat(-(-batches // len(order)))[:batches]
         return owners[order]
 
-    def _neighbours(self) -> Tensor | None:
+    def _neighbours(self, in_step: int) -> Tensor | None:
+        """Neighbours of each identity (rows), for so many ranks that begin the epoch together."""
         return None
+
+
+class _Positions(Sampler[int]):
+    """What is in the batches of a batch sampler, one position after another."""
+
+    def __init__(self, batches: IdentityBatchSampler) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the positions."""
+        for batch in self._batches:
+            yield from batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the batches."""
+        self._batches.set_epoch(epoch)
 
 
 class DoppelgangerBatchSampler(IdentityBatchSampler):
@@ -316,7 +393,7 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
 
     def __init__(
         self,
-        labels: Tensor | Sequence[int],
+        labels: Labels,
         memory: DoppelgangerSource,
         identities_per_batch: int,
         images_per_identity: int,
@@ -343,6 +420,9 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
 
     def refresh(self) -> None:
         """Look up the neighbours of every identity in the memory. Each epoch begins with it."""
+        self._look_up(self.num_replicas)
+
+    def _look_up(self, in_step: int) -> None:
         known = self._catalogue.identities
         device = _device_of(self.memory)
         with torch.no_grad():
@@ -357,15 +437,15 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
             )
         # From labels to rows; what the memory holds and this data set does not is no neighbour.
         rows = torch.searchsorted(known, found).clamp(max=len(known) - 1)
-        self._table = torch.where(known[rows] == found, rows, -1)
-        if self.num_replicas > 1 and _distributed() and dist.get_world_size() == self.num_replicas:
+        self._table = torch.where((found >= 0) & (known[rows] == found), rows, -1)
+        if in_step > 1 and _distributed() and dist.get_world_size() == in_step:
             where = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
             shared = self._table.to(where)
             dist.broadcast(shared, src=0)
             self._table = shared.cpu()
 
-    def _neighbours(self) -> Tensor:
-        self.refresh()
+    def _neighbours(self, in_step: int) -> Tensor:
+        self._look_up(in_step)
         return self._table
 
 

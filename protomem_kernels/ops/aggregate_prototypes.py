@@ -62,7 +62,7 @@ def aggregate_prototypes(
 
     Source: Prototype Memory, arXiv 2105.02103, section 3; weights: Quality-Aware Prototype Memory, arXiv 2311.07734.
     """
-    check_batch(embeddings, labels)
+    labels = check_batch(embeddings, labels)
     check_weights(weights, embeddings)
     if max_identities is not None:
         check_int("max_identities", max_identities, at_least=0)

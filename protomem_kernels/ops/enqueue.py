@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protomem_kernels._checks import check_choice, check_matches, check_number, check_tensor, shape_of
+from protomem_kernels._checks import as_labels, check_choice, check_matches, check_number, check_tensor, shape_of
 from protomem_kernels.backends.operators import BATCH
 from protomem_kernels.ops.call import call
 from protomem_kernels.ops.problems import problems
@@ -81,7 +81,7 @@ def enqueue_keeping_previous_(
         raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
     state.check()
     check_tensor("prototypes", prototypes, 2, "(P, D)", floating=True)
-    check_tensor("identities", identities, 1, "(P,)", floating=False)
+    identities = as_labels("identities", identities, "(P,)", prototypes)
     capacity, embedding_dim = state.prototypes.shape
     rows = prototypes.shape[0]
     check_matches("prototypes", prototypes, (rows, embedding_dim), "state.prototypes", state.prototypes)

@@ -61,7 +61,7 @@ def hardest_negatives(
     """
     if targets is None and isinstance(embeddings, Tensor) and embeddings.ndim > 0:
         targets = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
-    check_batch(embeddings, targets, "targets")
+    targets = check_batch(embeddings, targets, "targets")
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
     check_int("k", k, at_least=1)

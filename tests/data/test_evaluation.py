@@ -312,6 +312,44 @@ def test_bad_embeddings_and_labels(function, embeddings, labels, message):
         function(embeddings, labels)
 
 
+def test_labels_in_whatever_form():
+    embeddings = np.random.default_rng(0).normal(size=(6, 4))
+    names = np.array([5, 5, 2, 2, 9, 9])
+
+    class Series:  # as of pandas, shuffled: what it gives by index is not what stands at a position
+        def __array__(self, *arguments, **options):
+            return names[::-1]
+
+        def to_numpy(self):
+            return names
+
+    hashes = (names.astype(np.uint64) << np.uint64(61)) + np.uint64(3)  # beyond int64
+    assert len(np.unique(hashes)) == 3
+    expected = evaluate(embeddings, names)
+    for labels in (
+        names.tolist(),
+        names.astype(np.uint8),
+        torch.from_numpy(names),
+        Series(),
+        hashes * 0 + names.astype("u8"),
+    ):
+        assert evaluate(embeddings, labels) == expected
+    assert rank1(embeddings, hashes) == rank1(embeddings, names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "way"),
+    [
+        (["ann", "ann", "bob", "bob"], "number them: numpy.unique"),
+        (np.zeros((4, 1), int), r"labels.squeeze\(1\) makes it so"),
+        ([0.0, 0.0, 1.0, 1.0], r"labels.astype\('int64'\) makes it so"),
+    ],
+)
+def test_labels_that_a_call_mends(labels, way):
+    with pytest.raises(ValueError, match=rf"labels must be integers of shape \(N,\), got .*; {way}"):
+        rank1(GOOD, labels)
+
+
 @pytest.mark.parametrize(
     ("scores", "same", "message"),
     [

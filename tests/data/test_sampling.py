@@ -1,10 +1,13 @@
 """The samplers against the promises of their docstrings, counted in plain Python."""
 
+import importlib.util
 import subprocess
 import sys
+import types
 from collections import Counter
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +16,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from protomem_kernels import PrototypeMemory
+from protomem_kernels.data import sampling
 from protomem_kernels.data.sampling import DoppelgangerBatchSampler, IdentityBatchSampler
+
+# Hypothesis draws few identities.
+pytestmark = pytest.mark.filterwarnings("ignore:identities_per_batch is")
 
 
 class RingMemory:
@@ -288,6 +295,213 @@ def test_bad_arguments(change, error, message):
     options = {"labels": [0, 0, 1, 1], "identities_per_batch": 2, "images_per_identity": 2, **change}
     with pytest.raises(error, match=message):
         IdentityBatchSampler(**options)
+
+
+class Series:
+    """What counts of a pandas Series: item ``i`` is the one with index ``i``, and not the one at position ``i``."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+
+    def __getitem__(self, index):
+        return self.values[::-1][index]
+
+    def __len__(self):
+        return len(self.values)
+
+    def to_numpy(self):
+        return self.values
+
+
+HASHES = np.array([2**63 + 5, 2**63 + 5, 7, 7, 2**64 - 1, 2**64 - 1], dtype=np.uint64)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([3, 3, 8, 8, 9, 9], np.int32),
+        np.array([3, 3, 8, 8, 9, 9], np.uint8),
+        np.array([3, 3, 8, 8, 9, 9], ">i4"),
+        np.repeat(np.arange(3), 2)[::-1],
+        list(np.array([3, 3, 8, 8, 9, 9])),
+        torch.tensor([3, 3, 8, 8, 9, 9], dtype=torch.int16),
+        Series([3, 3, 8, 8, 9, 9]),
+        np.array([3, 3, 8, 8, 9, 9], object),
+        HASHES,
+        torch.from_numpy(HASHES),
+        HASHES.tolist(),
+    ],
+    ids=lambda labels: f"{type(labels).__name__} {getattr(labels, 'dtype', '')}",
+)
+def test_labels_in_whatever_form(labels):
+    sampler = IdentityBatchSampler(labels, 1, 2)
+    assert sorted(sorted(batch) for batch in sampler) == [[0, 1], [2, 3], [4, 5]]
+    assert len(list(DoppelgangerBatchSampler(labels, PrototypeMemory(4, 4), 1, 2))) == 3
+
+
+def test_a_hash_whose_bits_are_those_of_none_is_nobodys_neighbour():
+    class Memory:
+        def doppelgangers(self, labels, k):
+            return torch.zeros(len(labels), k), torch.full((len(labels), k), -1)
+
+    sampler = DoppelgangerBatchSampler(HASHES, Memory(), 2, 2)
+    sampler.refresh()
+    assert (sampler._table == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (
+            ["ann", "bob"],
+            TypeError,
+            r"labels must be integers of shape \(N,\), got 'ann' \(str\) at index 0; .*np?.*unique",
+        ),
+        (
+            np.array(["ann", "bob"]),
+            TypeError,
+            r"labels must be integers of shape \(N,\), got <U3; number them: numpy.unique",
+        ),
+        ("ann", TypeError, r"labels must be a tensor of shape \(N,\), or integers that make one, got str"),
+        ([3, None], TypeError, r"got None \(NoneType\) at index 1"),
+        ([2**64, 1], ValueError, "labels must be integers of at most 64 bits, got 18446744073709551616 at index 0"),
+        ([[0], [0, 1]], TypeError, r"labels must be integers of shape \(N,\), got \[0\] \(list\) at index 0"),
+        (
+            torch.zeros(4, 1).long(),
+            ValueError,
+            r"must have shape \(N,\), got \(4, 1\); labels.squeeze\(1\) makes it so",
+        ),
+        (torch.zeros(4), TypeError, r"must be integers, got torch.float32; labels.long\(\) makes it so"),
+    ],
+)
+def test_labels_that_say_no_identity(labels, error, message):
+    with pytest.raises(error, match=message):
+        IdentityBatchSampler(labels, 2, 2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_more_identities_than_there_are_is_said():
+    with pytest.warns(
+        UserWarning, match="identities_per_batch is 16, and there are 10 identities: a batch holds no more"
+    ):
+        sampler = IdentityBatchSampler(torch.arange(10).repeat_interleave(4), 16, 2)
+    assert [len(batch) for batch in sampler] == [20, 20]
+
+
+# Lightning and accelerate
+
+
+def test_set_epoch_is_found_where_lightning_and_accelerate_look():
+    labels = torch.arange(12).repeat_interleave(4)
+    loader = DataLoader(list(labels), batch_sampler=IdentityBatchSampler(labels, 4, 2))
+    expected = IdentityBatchSampler(labels, 4, 2)
+    for epoch in range(3):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        expected.set_epoch(epoch)
+        assert list(loader.batch_sampler) == list(expected)
+        positions = [index for batch in expected for index in batch]
+        assert list(loader.batch_sampler.sampler) == positions
+
+
+def test_the_ranks_are_asked_for_at_the_start_of_an_epoch(monkeypatch):
+    """Many make their loaders before they start torch.distributed."""
+    labels = torch.arange(12).repeat_interleave(2)
+    sampler = IdentityBatchSampler(labels, 3, 2)
+    assert len(sampler) == 4
+    monkeypatch.setattr(sampling, "_distributed", lambda: True)
+    monkeypatch.setattr(sampling.dist, "get_world_size", lambda: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(sampling.dist, "get_rank", lambda rank=rank: rank)
+        assert (sampler.num_replicas, sampler.rank, len(sampler)) == (2, rank, 2)
+        seen += [index for batch in sampler for index in batch]
+    assert sorted(seen) == list(range(24))
+
+
+class Shard:
+    """As accelerate wraps the batch sampler of a loader that it prepares."""
+
+    def __init__(self, batch_sampler, num_processes, process_index):
+        self.batch_sampler, self.num_processes, self.process_index = batch_sampler, num_processes, process_index
+
+    def __len__(self):
+        return len(self.batch_sampler) // self.num_processes
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batch_sampler):
+            if number % self.num_processes == self.process_index:
+                yield batch
+
+
+class Dispatcher:
+    """As accelerate reads batches in one process alone, and hands them on."""
+
+    def __init__(self, loader, num_processes):
+        self.loader, self.state = loader, types.SimpleNamespace(num_processes=num_processes)
+
+    def __iter__(self):
+        yield from self.loader
+
+
+@pytest.fixture(params=["as accelerate does", "accelerate"])
+def shard(request, monkeypatch):
+    """accelerate's own wrapper where it is installed, and ours, which does the same."""
+    if request.param == "accelerate":
+        if importlib.util.find_spec("accelerate") is None:
+            pytest.skip("accelerate is not installed")
+        from accelerate.data_loader import BatchSamplerShard
+
+        return BatchSamplerShard
+    module = types.ModuleType("accelerate.data_loader")
+    module.BatchSamplerShard, module.DataLoaderDispatcher = Shard, Dispatcher
+    monkeypatch.setitem(sys.modules, "accelerate.data_loader", module)
+    return Shard
+
+
+@pytest.mark.parametrize("doppelgangers", [False, True])
+@pytest.mark.parametrize("knows", [None, 1, 2])
+def test_what_accelerate_shares_out_is_shared_out_once(shard, knows, doppelgangers):
+    labels = torch.arange(15).repeat_interleave(4)
+    seen = []
+    for rank in range(2):
+        options = {"num_replicas": knows, "rank": rank if knows == 2 else 0}
+        (sampler, *_) = build(
+            {
+                "labels": labels.tolist(),
+                "identities_per_batch": 4,
+                "images_per_identity": 2,
+                "seed": 3,
+                "num_replicas": 1,
+                "doppelgangers": doppelgangers,
+            }
+        )
+        sampler._num_replicas, sampler._rank = options["num_replicas"], options["rank"]
+        prepared = DataLoader(list(labels), batch_sampler=shard(sampler, 2, rank))
+        assert len(prepared) == 4
+        batches = list(prepared.batch_sampler)
+        assert len(batches) == 4
+        seen += [index for batch in batches for index in batch]
+        # The same sampler in a loader that is not prepared: it shares out itself, or not at all.
+        assert len(list(sampler)) == len(sampler) == (4 if knows == 2 else 8)
+    assert sorted(seen) == list(range(60))
+
+
+def test_what_one_process_hands_on_is_all_there(monkeypatch):
+    module = types.ModuleType("accelerate.data_loader")
+    module.BatchSamplerShard, module.DataLoaderDispatcher = Shard, Dispatcher
+    monkeypatch.setitem(sys.modules, "accelerate.data_loader", module)
+    labels = torch.arange(16).repeat_interleave(2)
+    sampler = IdentityBatchSampler(labels, 4, 2, num_replicas=2, rank=0)
+    batches = list(Dispatcher(DataLoader(list(range(32)), batch_sampler=sampler), 2))
+    assert sorted(index for batch in batches for index in batch.tolist()) == list(range(32))
+
+
+def test_two_who_share_out_among_different_numbers(shard):
+    sampler = IdentityBatchSampler(torch.arange(16), 4, 1, num_replicas=4, rank=0)
+    with pytest.raises(
+        ValueError, match=r"num_replicas must be 2, or left out, to be shared out by accelerate .* got 4"
+    ):
+        list(shard(sampler, 2, 0))
 
 
 def test_bad_neighbours_and_a_bad_memory():

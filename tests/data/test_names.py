@@ -1,0 +1,14 @@
+"""Modules that have had another name are still there under it."""
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["sampling", "evaluation"])
+def test_an_earlier_name_is_the_same_module_s_content(name):
+    earlier = importlib.import_module(f"protomem_kernels.{name}")
+    module = importlib.import_module(f"protomem_kernels.data.{name}")
+    assert earlier.__all__ == module.__all__
+    for public in module.__all__:
+        assert getattr(earlier, public) is getattr(module, public)
