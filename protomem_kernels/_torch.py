@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +39,21 @@ def too_old() -> str | None:
 def within_backward() -> bool:
     """Say whether this is called from a backward pass: by a hook, or by a forward pass that is computed again."""
     return bool(current_graph_task() != -1)
+
+
+def library_of_process(namespace: str) -> SimpleNamespace:
+    """Return the process's own library of operators in a namespace: ``library``, and by name what is ``defined`` there.
+
+    PyTorch keeps operators for the process and lets nobody define one twice; a library that is garbage takes its
+    operators away. So there is one for all copies of this package (a notebook's reload and a purge of ``sys.modules``
+    make a second), kept where PyTorch keeps the namespace.
+    """
+    owner = getattr(torch.ops, namespace)
+    kept: SimpleNamespace | None = vars(owner).get("_of_process")
+    if kept is None:
+        kept = SimpleNamespace(library=torch.library.Library(namespace, "FRAGMENT"), defined={})
+        owner._of_process = kept
+    return kept
 
 
 def has_kernel(overload: Any, device: str) -> bool:

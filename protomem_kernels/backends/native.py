@@ -7,7 +7,6 @@ PROTOMEM_DISABLE_COMPILED=1, read at import, does without both objects.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,12 +59,7 @@ def registered(namespace: str, operator: str, device: str) -> Kernel | None:
     """Return what an object has registered for an operator in its namespace, under the public operator's schema."""
     schema = str(getattr(torch.ops.protomem, operator).default._schema)
     if not hasattr(getattr(torch.ops, namespace), operator):
-        _library(namespace).define(schema.removeprefix("protomem::"))
+        _torch.library_of_process(namespace).library.define(schema.removeprefix("protomem::"))
     overload = getattr(getattr(torch.ops, namespace), operator).default
     kernel: Kernel | None = _torch.unwrapped(overload) if _torch.has_kernel(overload, device) else None
     return kernel
-
-
-@functools.cache
-def _library(namespace: str) -> torch.library.Library:
-    return torch.library.Library(namespace, "FRAGMENT")

@@ -7,6 +7,7 @@ whichever backends they like (see CONTRIBUTING.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from protomem_kernels._switches import is_on
 from protomem_kernels._torch import (
     any_autocast,
+    library_of_process,
     raise_versions,
     raise_versions_above,
     within_backward,
@@ -32,7 +34,7 @@ WITHIN_BACKWARD = (
     "{name} was called within a backward pass. If torch.utils.checkpoint runs a forward pass again there, the state "
     "would move twice: checkpoint the encoder alone, and keep what writes the memory outside, if it is compiled too."
 )
-LIBRARY = torch.library.Library("protomem", "DEF")
+LIBRARY = library_of_process("protomem")
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
@@ -53,7 +55,7 @@ def register(
     kernels: Mapping[str, Callable[..., Any]] | None = None,
     problems: Callable[[torch.dtype], Iterable[Sequence[Any]]] | None = None,
 ) -> None:
-    """Register ``protomem::name`` with PyTorch.
+    """Register ``protomem::name`` with PyTorch; again, by another copy of this package in the process, anew.
 
     Autocast is switched off inside: the accumulation dtype is part of the contract. The version counters of what the
     schema says is written (``Tensor(a!)``) are raised on every way to a kernel: kernels write through pointers, which
@@ -73,12 +75,17 @@ def register(
         problems: the arguments of small fixed problems, for a dtype (of the memory, or of the embeddings where there is
             none). A GPU's kernels have to solve them as the reference does before they serve there; without problems
             they are trusted.
+
+    Raises:
+        RuntimeError: the process has it with another schema.
     """
-    LIBRARY.define(f"{name}{schema or SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
-    overload = getattr(torch.ops.protomem, name).default
-    written = written_arguments(overload)
-    if written:
-        raise_versions_above(LIBRARY, overload, written)
+    schema = schema or SCHEMAS[name]
+    known = LIBRARY.defined.get(name)
+    if known is not None and (known.schema, known.backward is None) != (schema, backward is None):
+        raise RuntimeError(
+            f"protomem::{name} is {known.schema} in this process and cannot become {schema}: restart the process to "
+            "use another version of protomem_kernels"
+        )
     OPERATORS[name] = works_through
     if problems is not None:
         PROBLEMS[name] = problems
@@ -101,14 +108,39 @@ def register(
     def implementation(*args: Any) -> Any:
         return serve([arg for arg in args if isinstance(arg, Tensor)], args)
 
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"protomem::{name}", fake, lib=LIBRARY)
-    function = None
     if backward is not None:
         setup_context, backward = with_backend_of_forward(setup_context, once_differentiable(name, backward))
-        torch.library.register_autograd(f"protomem::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    current = {"implementation": implementation, "fake": fake, "setup_context": setup_context, "backward": backward}
+    if known is None:
+        LIBRARY.defined[name] = _define(name, schema, SimpleNamespace(schema=schema, **current))
+    else:
+        vars(known).update(current)
+    written = written_arguments(getattr(torch.ops.protomem, name).default)
+    function = None
+    if backward is not None:
+        assert setup_context is not None
         function = _autograd_function(name, implementation, setup_context, backward)
     DIRECT[name] = serve, function
+
+
+def _define(name: str, schema: str, current: SimpleNamespace) -> SimpleNamespace:
+    """Define ``protomem::name`` in PyTorch by what is ``current`` in each call, and return that."""
+    library: torch.library.Library = LIBRARY.library
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.protomem, name).default
+    written = written_arguments(overload)
+    if written:
+        raise_versions_above(library, overload, written)
+    library.impl(name, lambda *args: current.implementation(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"protomem::{name}", lambda *args: current.fake(*args), lib=library)
+    if current.backward is not None:
+        torch.library.register_autograd(
+            f"protomem::{name}",
+            lambda ctx, *grads: current.backward(ctx, *grads),
+            setup_context=lambda ctx, inputs, output: current.setup_context(ctx, inputs, output),
+            lib=library,
+        )
+    return current
 
 
 def register_function(name: str, around: str) -> None:
