@@ -111,6 +111,10 @@ class Banks:
         inside = bank.has_target()
         rows = bank.prototypes.index_select(0, torch.where(inside, bank.targets, 0))
         rows = widened(rows, x.dtype)
+        # Of a sample without a target nothing is read, and a broken embedding passes nothing on to prototypes: 0 times
+        # what is not finite would reach a gradient.
+        rows = torch.where(inside[:, None], rows, 0)
+        rows = torch.where(torch.isfinite(x).all(dim=1, keepdim=True), rows, rows.detach())
         if self.normalize_prototypes:
             rows, _ = unit_embeddings(rows)
         return torch.where(inside, (x * rows).sum(dim=1), 0)

@@ -152,6 +152,39 @@ def test_gradcheck(backend: str, normalize: bool) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_broken_embedding_passes_nothing_on_to_prototypes(backend: str, normalize: bool) -> None:
+    x, w, targets, occupied = inputs((5, 30, 4))
+    targets = targets.clamp(min=0)
+    grads = []
+    for poison in (None, float("nan"), float("inf")):
+        xx, ww = x.clone(), w.clone().requires_grad_()
+        xx[2] = 0 if poison is None else poison
+        with pmk.use_backend(backend):
+            logits = pmk.margin_softmax_logits(xx, ww, targets, occupied=occupied, normalize_prototypes=normalize)
+        upstream = torch.ones_like(logits)
+        upstream[2] = 0
+        logits.backward(torch.where(logits.isfinite(), upstream, 0))
+        grads.append(ww.grad)
+        assert poison is None or not torch.isfinite(logits[2, targets[2]])  # shown, never hidden
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+@each_backend
+def test_garbage_in_empty_slots_reaches_no_gradient(backend: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.full((5, 4), float("nan"), dtype=torch.float64)
+    w[3:] = torch.eye(4, dtype=torch.float64)[:2]
+    w.requires_grad_()
+    with pmk.use_backend(backend):  # without a target, slot 0 is looked up in its place
+        logits = pmk.margin_softmax_logits(x, w, torch.tensor([3, -1, 4]), occupied=torch.arange(5) >= 3)
+    logits[:, 3:].sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(w.grad).all()
+
+
+@each_backend
 def test_double_backward_raises(backend: str) -> None:
     x = torch.randn(2, 3, requires_grad=True)
     with pmk.use_backend(backend):
