@@ -51,3 +51,27 @@ def test_the_product_helper(dtype: torch.dtype) -> None:
     expected = c.double() + a.double() @ b.double()
     multiply[(1,)](a, b, c, SIZE=16)
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrowing_rounds_as_pytorch_does(dtype: torch.dtype) -> None:
+    import triton as upstream
+    import triton.language as tl
+
+    from protomem_kernels.backends.triton.tiles import narrow
+
+    @upstream.jit
+    def cast(x_ptr, y_ptr, SIZE: tl.constexpr):
+        place = tl.arange(0, SIZE)
+        tl.store(y_ptr + place, narrow(tl.load(x_ptr + place), y_ptr.dtype.element_ty))
+
+    cast.fn.__globals__.update(tl=tl, narrow=narrow)
+    ends = [0.0, -0.0, 1.0, 1 / 3, -2 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, float("inf"), -float("inf"), float("nan")]
+    x = torch.tensor([*ends, *torch.randn(22).tolist()])
+    y = torch.full((32,), 7, dtype=dtype)
+    cast[(1,)](x, y, SIZE=32)
+    expected = x.to(dtype)
+    if dtype == torch.float16:  # the interpreter's own cast, half to even left out
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=0, equal_nan=True)
+    else:
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
