@@ -523,6 +523,13 @@ def test_a_non_finite_embedding_masked_by_the_caller_leaves_the_prototypes_gradi
     torch.testing.assert_close(loss_fn.memory.prototypes.grad, undisturbed.memory.prototypes.grad)
 
 
+@pytest.mark.parametrize(("size", "counted"), [(1e-30, 1e-3), (1e30, 100.0)])
+def test_adaface_counts_norms_whose_squares_leave_float32(size, counted):
+    loss_fn = PrototypeMemoryLoss(2, 4, margin=AdaFace(momentum=1.0))
+    loss_fn(size * torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([1, 2]))
+    assert float(loss_fn.margin.mean) == pytest.approx(counted)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("margin", [AdaFace, MagFace])
 def test_a_non_finite_embedding_and_margins_that_read_norms(bad, margin):

@@ -77,6 +77,12 @@ def test_norm_quality_ignored_samples_do_not_set_the_largest_norm():
     assert NormQuality()(x, torch.tensor([1, -1])).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_norm_quality_where_squares_leave_float32(size):
+    x = torch.tensor([[3.0, 4.0], [0.0, 1.0]]) * size
+    torch.testing.assert_close(NormQuality()(x, torch.tensor([1, 1])), torch.tensor([1.0, 0.2]))
+
+
 @pytest.mark.parametrize("labels", [LABELS, LABELS.int()], ids=["int64", "int32"])
 def test_center_quality(labels):
     for seed in range(3):
