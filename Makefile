@@ -10,6 +10,7 @@ BUILT  := $(VENV)/.built
 CUDA_BUILT := $(VENV)/.built-cuda
 ARGS   ?=
 # nvcc comes from PyPI for Linux alone.
+SECONDS ?= 60
 CUDA_PART := $(if $(filter Linux,$(shell uname -s)),cuda)
 # A folder that is gone is an error, and no empty list.
 there       = $(foreach folder,$(1),$(or $(wildcard $(folder)),$(error there is no $(folder))))
@@ -38,6 +39,12 @@ test:
 CHECKED := tests/ops $(filter-out tests/test_compile.py tests/test_gpu_suite.py tests/test_install.py,$(wildcard tests/test_*.py))
 check: lint types $(BUILT)
 	$(PYTEST) -q -m "not slow and not timing" -k "not TestMemory and not 64x9001x8" $(CHECKED) $(ARGS)
+
+# Calls, steps and states out of a seed against oracles of their own, for as long as one likes: make fuzz SECONDS=3600.
+# `make test` has a minute of it. What is found is printed with the command that shows it again.
+.PHONY: fuzz
+fuzz: $(BUILT)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 # The Triton kernels on the CPU, in Triton's interpreter, which runs their bodies as Python.
 triton: $(BUILT)
