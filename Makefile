@@ -9,8 +9,8 @@ READY  := $(VENV)/.ready
 BUILT  := $(VENV)/.built
 CUDA_BUILT := $(VENV)/.built-cuda
 ARGS   ?=
-# nvcc comes from PyPI for Linux alone.
 SECONDS ?= 60
+# nvcc comes from PyPI for Linux alone.
 CUDA_PART := $(if $(filter Linux,$(shell uname -s)),cuda)
 # A folder that is gone is an error, and no empty list.
 there       = $(foreach folder,$(1),$(or $(wildcard $(folder)),$(error there is no $(folder))))
@@ -18,7 +18,7 @@ CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp'
 CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
 CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test check triton extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
+.PHONY: train test check fuzz triton extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -42,7 +42,6 @@ check: lint types $(BUILT)
 
 # Calls, steps and states out of a seed against oracles of their own, for as long as one likes: make fuzz SECONDS=3600.
 # `make test` has a minute of it. What is found is printed with the command that shows it again.
-.PHONY: fuzz
 fuzz: $(BUILT)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 

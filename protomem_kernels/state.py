@@ -42,12 +42,18 @@ class StatefulModule(nn.Module):
         """
         names = [*self._parameters, *self._buffers]
         state = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        where = f" in {prefix!r}" if prefix else ""
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                came = type(value).__name__
+                raise RuntimeError(
+                    f"state_dict{where} holds no state of {type(self).__name__}: {name} is a {came}, no tensor"
+                )
         # What holds no values here (on the meta device, or spread over ranks) cannot be read.
         if all(type(value) in (Tensor, nn.Parameter) and not value.is_meta for value in state.values()):
             try:
                 self.check_state({name: value.detach() for name, value in state.items()})
             except (TypeError, ValueError) as error:
-                where = f" in {prefix!r}" if prefix else ""
                 raise RuntimeError(f"state_dict{where} holds no state of {type(self).__name__}: {error}") from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

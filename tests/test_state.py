@@ -135,6 +135,7 @@ IMPOSSIBLE = {
     "stamp from the future": ("stamps", 0, 99, r"stamps must be in \[0, clock\], clock being 3, got 99 in slot 0"),
     "shape": ("stamps", None, lambda t: t[:3], r"stamps must have shape \(7,\)"),
     "integer rows": ("prototypes", None, lambda t: t.long(), r"prototypes must be floating point"),
+    "a list": ("stamps", None, lambda t: t.tolist(), r"stamps (is a list, no tensor|must be a tensor of shape)"),
 }
 each_impossible = pytest.mark.parametrize(("name", "index", "value", "words"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 

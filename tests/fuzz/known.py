@@ -13,9 +13,7 @@ class Known(NamedTuple):
     reason: str
 
 
-KNOWN: list[Known] = [
-    Known("load_state_dict: ", "", "load_state_dict does not check what it loads yet"),
-]
+KNOWN: list[Known] = []
 
 
 def why_known(rule: str, message: str) -> str | None:
