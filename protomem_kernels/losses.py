@@ -16,7 +16,7 @@ from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective,
 from protomem_kernels.ops import hardest_negatives
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
-from protomem_kernels.rows import normalize_rows_, refreshed_rows, widened
+from protomem_kernels.rows import normalize_rows_, refreshed_rows, widened_for_loss
 from protomem_kernels.state import check_parts
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
@@ -173,8 +173,7 @@ class PrototypeMemoryLoss(_Head):
     ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
         labels = self.memory.check(embeddings, labels, weights)
-        if embeddings.dtype == torch.float16:  # the gradients of loss and aggregation add up before they are narrowed
-            embeddings = widened(embeddings)
+        embeddings, passed = widened_for_loss(embeddings)
         targets, banks, counts = (
             self._write(embeddings, labels, weights) if self.training else self._read(embeddings, labels)
         )
@@ -188,6 +187,7 @@ class PrototypeMemoryLoss(_Head):
             return_stats=return_stats,
         )
         loss, seen = result if isinstance(result, tuple) else (result, None)
+        loss = passed(loss)
         if self.reduction == "mean" and not self.training:
             loss = torch.where((targets >= 0).any(), loss, torch.nan)
         return loss if seen is None else (loss, self._stats(embeddings, targets, seen, counts))

@@ -20,7 +20,7 @@ from protomem_kernels.margins import AnyMargin, ArcFace, TargetMap, as_margin
 from protomem_kernels.mining import Chosen, MiningRule
 from protomem_kernels.ops.call import call
 from protomem_kernels.ops.register import register_function
-from protomem_kernels.rows import unit_embeddings, widened
+from protomem_kernels.rows import unit_embeddings, widened, widened_for_loss
 from protomem_kernels.types import HardNegativeForm, MarginSoftmaxStats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -170,7 +170,8 @@ def margin_softmax_loss(
     targets = check_batch(embeddings, targets, "targets")
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
-    return loss_over_banks(
+    embeddings, passed = widened_for_loss(embeddings)
+    result = loss_over_banks(
         embeddings,
         Banks([Bank(prototypes, targets, occupied)], normalize_prototypes),
         margin=margin,
@@ -179,6 +180,7 @@ def margin_softmax_loss(
         reduction=reduction,
         return_stats=return_stats,
     )
+    return (passed(result[0]), result[1]) if isinstance(result, tuple) else passed(result)
 
 
 def loss_over_banks(
@@ -271,6 +273,7 @@ def margin_softmax_logits(
             f"margin must be a margin on the target's logit, got {type(margin).__name__}, which is no single softmax"
         )
 
+    embeddings, passed = widened_for_loss(embeddings)
     x, norm = unit_embeddings(embeddings)
     banks = Banks([Bank(prototypes, targets, occupied)], normalize_prototypes)
     target_map = margin.bind(norm)
@@ -286,6 +289,7 @@ def margin_softmax_logits(
         normalize_prototypes=normalize_prototypes,
     )
     chosen = rule.chosen_negatives(lambda k: banks.hardest(x, k))
+    logits = passed(logits)
     return logits if chosen is None else _only(logits, torch.cat([*chosen, targets.long()[:, None]], dim=1))
 
 

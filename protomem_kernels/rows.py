@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,56 @@ def widened(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.to(dtype)
 
 
+class _WidenedForLoss(torch.autograd.Function):
+    """A cast to float32 and a number of no value, whose gradient is how far the loss's own gradient was scaled up."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.to(torch.float32)
+        return wide, wide.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, upstream: Tensor) -> Tensor:
+        return torch.where(upstream <= 1, narrowed(grad, ctx.dtype), grad.to(ctx.dtype))
+
+
+class _NotingUpstream(torch.autograd.Function):
+    """The loss as it is; in backward its gradient's largest number goes to the second argument."""
+
+    @staticmethod
+    def forward(loss: Tensor, noted: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        largest = torch.cat([grad.detach().abs().reshape(-1), grad.new_zeros(1)]).max()
+        return grad, largest.to(torch.float32)
+
+
+def widened_for_loss(embeddings: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return float16 embeddings in float32, and a function that the loss has to pass through; others as they are.
+
+    Their gradient is ``narrowed``, so that it stays finite near the poles and at large scales, unless the loss was
+    scaled up by more than 1: then an overflow stays one, for a ``GradScaler`` to see and to back off.
+    """
+    if embeddings.dtype != torch.float16:
+        return embeddings, _as_it_is
+    wide, noted = _WidenedForLoss.apply(embeddings)  # type: ignore[no-untyped-call]
+    return wide, lambda loss: _NotingUpstream.apply(loss, noted)  # type: ignore[no-untyped-call]
+
+
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
+
+
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``x`` (..., D) with each row's largest entry divided out as a constant, and that entry (..., 1).
 
@@ -80,7 +131,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def unit_embeddings(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit rows (B, D) and norms (B,) in the accumulation dtype (float32, float64 for float64)."""
-    y, largest = _scaled(widened(embeddings))
+    y, largest = _scaled(embeddings.to(accumulation_dtype(embeddings.dtype)))
     norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
     return torch.where(norm == 0, 0, y / torch.where(norm == 0, 1, norm)), (norm * largest)[:, 0]
 
