@@ -25,7 +25,10 @@ def train(
         typer.Option("--config", help="TOML file with any of these options (snake_case keys).", rich_help_panel=RUN),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest run of this name.", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the newest run of this name; more --steps extend it.", rich_help_panel=RUN
+        ),
     ] = False,
     **flags: Any,
 ) -> None:

@@ -12,4 +12,11 @@ FAULTS = [
         "shuffle = torch.arange(len(catalogue.images))",
         T_SAMPLING,
     ),
+    Fault(
+        "batches that accelerate shares out are shared out before",
+        "data/sharing.py",
+        "if isinstance(owner, shard):",
+        "if False:",
+        f"{T_SAMPLING}::test_what_accelerate_shares_out_is_shared_out_once",
+    ),
 ]
