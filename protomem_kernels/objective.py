@@ -274,6 +274,8 @@ def margin_softmax_logits(
         )
 
     embeddings, passed = widened_for_loss(embeddings)
+    if prototypes.dtype == torch.float16 and prototypes.requires_grad:
+        prototypes = widened(prototypes)  # the gradients of targets and negatives add up before they are narrowed
     x, norm = unit_embeddings(embeddings)
     banks = Banks([Bank(prototypes, targets, occupied)], normalize_prototypes)
     target_map = margin.bind(norm)

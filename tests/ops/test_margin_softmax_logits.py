@@ -172,6 +172,18 @@ def test_a_broken_embedding_passes_nothing_on_to_prototypes(backend: str, normal
 
 
 @each_backend
+def test_gradients_of_targets_and_negatives_stay_in_float16_together(backend: str) -> None:
+    x = torch.tensor([[3.0, 4.0], [4.0, 3.0]])
+    w = torch.tensor([[1e-3, 0.0]], dtype=torch.float16, requires_grad=True)
+    with pmk.use_backend(backend):  # a target of one sample and a negative of the other: each alone is beyond 65504
+        logits = pmk.margin_softmax_logits(
+            x, w, torch.tensor([0, -1]), margin=pmk.CosFace(0.0), scale=1000, normalize_prototypes=True
+        )
+    logits.sum().backward()
+    assert w.grad.tolist() == [[0.0, 65504.0]]
+
+
+@each_backend
 def test_garbage_in_empty_slots_reaches_no_gradient(backend: str) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     w = torch.full((5, 4), float("nan"), dtype=torch.float64)
