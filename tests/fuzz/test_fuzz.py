@@ -30,13 +30,14 @@ GROUPS = {
     "states": ("broken_states", "broken_checkpoints", "bad_calls"),
 }
 SECONDS = {"operators": 50.0, "memory": 20.0, "losses": 30.0, "states": 20.0}
-MOST = 1 if os.environ.get("PROTOMEM_MUTANT") else 5
+# A fault has to show, on however busy a machine; then it is over.
+MOST, FACTOR = (1, 4) if os.environ.get("PROTOMEM_MUTANT") else (5, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_rule_is_broken(group: str) -> None:
-    tally = run(GROUPS[group], SEED, SECONDS[group], most=MOST)
+    tally = run(GROUPS[group], SEED, FACTOR * SECONDS[group], most=MOST)
     print(f"from seed {SEED}\n{tally}")
     assert not tally.findings, "\n".join(map(str, tally.findings))
     assert all(tally.cases[subject] for subject in GROUPS[group])

@@ -23,7 +23,7 @@ from tests.fuzz.verdict import Judge, Values, exact, require
 
 def prototype_memory_loss(draw: Draw) -> None:
     with somewhere(draw) as place:
-        slots = draw.pick(2, draw.integer(1, 8), draw.integer(8, 14 if small(place) else 80))
+        slots = draw.pick(2, 3, draw.integer(1, 8), draw.integer(8, 14 if small(place) else 80))
         columns = draw.columns()
         gradient = draw.pick("none", "fresh", "memory")
         objective = draw_objective(draw, slots)
@@ -44,7 +44,7 @@ def prototype_memory_loss(draw: Draw) -> None:
             ratio=loss_fn.memory.refresh_ratio, policy=loss_fn.memory.policy, memory=loss_fn.memory.prototypes.dtype
         )
         training = Training(draw, loss_fn, objective)
-        for _ in range(draw.integer(1, 5)):
+        for _ in range(draw.integer(2, 7) if gradient == "memory" else draw.integer(1, 4)):  # long enough to evict
             deed = draw.pick(training.step, training.step, training.step, training.look, training.two_at_once)
             training.history.append(deed.__name__)
             draw.note(steps=", ".join(training.history))
