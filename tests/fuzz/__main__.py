@@ -4,8 +4,7 @@ python -m tests.fuzz --seconds 600           cases of every subject from a seed 
 python -m tests.fuzz --from 1000             from this seed on
 python -m tests.fuzz --seed 17 --only NAME   that one case, in this process
 
-TRITON_INTERPRET=1 brings the Triton kernels in (in its interpreter), PROTOMEM_CUDA_HOST_BACKEND=plain the CUDA ones,
-built for the CPU.
+TRITON_INTERPRET=1 brings the Triton kernels in, in its interpreter.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tests.fuzz.places import again
 from tests.fuzz.subjects import SUBJECTS
 from tests.fuzz.verdict import BrokenRuleError
 
-HERE = Path(__file__).parent
+LIMITED = ("cuda", "triton")  # backends that say of some calls that they cannot serve them
 
 
 class Outcome(NamedTuple):
@@ -42,6 +42,8 @@ def run_case(subject: str, seed: int) -> Outcome:
     except BrokenRuleError as finding:
         rule, said = finding.rule, str(finding).removeprefix(f"{finding.rule}: ")
     except Exception as error:
+        if "cannot serve" in str(error) and str(draw.notes.get("backend")).startswith(LIMITED):
+            return Outcome(subject, seed)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         rule = f"{subject}: {type(error).__name__}"
         said = f"{error} ({Path(frame.filename).name}:{frame.lineno}, in {frame.name})"

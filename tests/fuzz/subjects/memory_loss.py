@@ -187,8 +187,10 @@ class Training:
         x = batch.x.detach().requires_grad_(self.draw.chance(0.5))
         try:
             loss, stats = self.loss_fn(x, batch.labels, return_stats=True)
-        except (ValueError, RuntimeError):
-            require("PrototypeMemoryLoss: eval", nothing, "refused a batch that it knows")
+        except (ValueError, RuntimeError) as error:
+            if not nothing or "cannot serve" in str(error):
+                raise
+            require("PrototypeMemoryLoss: eval of nothing names the reason", "label" in str(error), str(error))
             return
         for name, value in self.loss_fn.state_dict().items():
             require("PrototypeMemoryLoss: eval writes nothing", torch.equal(value, before[name]), name)
