@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
 
 from tests.ops.cases import GPU, MakingTensorsOn
 
 # A mutant only has to fail: looking for the smallest failing example would take most of the time.
-settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 if os.environ.get("PROTOMEM_MUTANT"):
+    from hypothesis import Phase, settings
+
+    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
     settings.load_profile("mutants")
 
 

@@ -23,7 +23,7 @@ CSRC = ROOT / "csrc"
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli", "gpu_check"},
     "cli": {"training", "gpu_check"},
-    "gpu_check": {"_checks"},  # the standard library, torch and numpy: it meets a machine that has nothing else
+    "gpu_check": {""},  # no cli, training or data: it meets a machine that has torch and nothing else
     "training": {"compat", "data", ""},
     "": {"losses", "warm_up"},
     "warm_up": {"losses"},

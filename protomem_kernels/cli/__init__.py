@@ -1,4 +1,4 @@
-"""The command line: ``protomem train`` and its neighbours. All but ``protomem env`` needs the ``train`` extra."""
+"""The command line: ``protomem train`` and its neighbours. ``env`` and ``gpu-check`` need torch, the rest ``train``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def main() -> None:
         from protomem_kernels.cli.env import env
 
         return env()
+    if sys.argv[1:2] == ["gpu-check"]:
+        from protomem_kernels.gpu_check import main as gpu_check
+
+        sys.exit(gpu_check())
     check_needed("the protomem command")
     from protomem_kernels.cli.app import app
 

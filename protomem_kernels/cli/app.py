@@ -20,7 +20,7 @@ app = typer.Typer(
 app.command()(train)
 app.command(context_settings=AS_THEY_ARE)(bench)
 app.command()(env)
-app.command()(gpu_check)
+app.command(context_settings=AS_THEY_ARE)(gpu_check)
 
 
 @app.callback()

@@ -5,7 +5,8 @@ Odd sizes and whole tiles, one sample alone, an ignored sample, empty slots; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from protomem_kernels.rows import accumulation_dtype, unit_rows
 
 SIZES = [(1, 5, 16), (13, 131, 37), (80, 300, 64)]  # (B, M, D)
 SCALE = 8.0  # so that no single negative decides the sum
-SEED = 0
+Size = tuple[int, int, int]
+_drawn: tuple[int, Sequence[Size]] = (0, SIZES)  # the first seed, and the sizes
 
 
 class Problem(NamedTuple):
@@ -36,9 +38,21 @@ class Problem(NamedTuple):
     grad: Tensor
 
 
+@contextlib.contextmanager
+def drawn(seed: int, sizes: Sequence[Size] = SIZES) -> Iterator[None]:
+    """Within the block draw the problems from another seed, of other sizes (B, M, D): for who looks at more of them."""
+    global _drawn
+    before, _drawn = _drawn, (seed, sizes)
+    try:
+        yield
+    finally:
+        _drawn = before
+
+
 def problems(dtype: torch.dtype) -> Iterator[Problem]:
     """Yield one problem per size, with a memory of this dtype."""
-    for seed, (batch, slots, dim) in enumerate(SIZES, SEED):
+    first, sizes = _drawn
+    for seed, (batch, slots, dim) in enumerate(sizes, first):
         generator = torch.Generator().manual_seed(seed)
         rows = unit_rows(torch.randn(slots, dim, generator=generator, dtype=torch.float64))
         occupied = torch.rand(slots, generator=generator) < 0.9

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import protomem_kernels as pmk
 from tests.ops.cases import assert_as_close_as, each_backend, each_dtype, far_apart, interpreted, strided
+from tests.ops.properties import given, settings, st
 
 LAST = 2**63 - 1
 

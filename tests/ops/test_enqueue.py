@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import protomem_kernels as pmk
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops.enqueue import POLICIES
 from tests.ops.cases import PLACES, each_backend, far_apart, interpreted, strided
+from tests.ops.properties import RuleBasedStateMachine, initialize, invariant, precondition, rule, settings, st
 
 LAST = 2**63 - 1
 each_policy = pytest.mark.parametrize("policy", POLICIES)

@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import protomem_kernels as pmk
 from tests.ops.cases import AVAILABLE, each_backend, each_dtype, each_shape, strided, unit
+from tests.ops.properties import given, settings, st
 from tests.ops.test_margin_softmax_loss import inputs
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +18,7 @@ from protomem_kernels.ops.negative_logsumexp import EXPONENTS, exponent_offset, 
 from protomem_kernels.types import HardNegativeForm
 from tests.ops.cases import assert_as_close_as, each_backend, each_dtype, each_shape, strided, unit
 from tests.ops.dense import dense_loss
+from tests.ops.properties import given, settings, st
 
 
 def inputs(
