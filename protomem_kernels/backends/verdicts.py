@@ -123,13 +123,24 @@ def _read(device: torch.device) -> dict[str, Any]:
 
 
 def _update(device: torch.device, change: Any) -> None:
-    with contextlib.suppress(OSError, RuntimeError):
-        file, content = _file(device), _read(device)
+    with contextlib.suppress(OSError, RuntimeError), _alone_at(_file(device)) as file:
+        content = _read(device)
         change(content)
-        file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(f".{os.getpid()}.new")
         new.write_text(json.dumps({"for": conditions(device), **content}, indent=1) + "\n", encoding="utf-8")
         new.replace(file)
+
+
+@contextlib.contextmanager
+def _alone_at(file: Path) -> Iterator[Path]:
+    """Let one process (and thread) at a time change the file: a lost note that a check ended reads as a crash."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        with contextlib.suppress(ImportError, OSError):  # no such system, or a file system without locks
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield file
 
 
 def _runs(process: int) -> bool:

@@ -78,11 +78,12 @@ def _minutes(text: str) -> float:
 
 
 def _check(options: argparse.Namespace, device: str, lines: Path) -> int:
-    """Run the parts, merge what they wrote, and return the exit code."""
+    """Run the parts, merge what they wrote, and return the exit code. Nothing here touches the device."""
     began, start, complete = time.time(), time.monotonic(), False
     names = list(options.parts or PARTS)
     end = start + 60 * options.minutes
-    print(f"protomem gpu-check on {_name(device)}: at most {options.minutes:g} minutes; lines in {lines}", flush=True)
+    where = "a GPU" if device == "cuda" else "a CPU that stands in for a GPU"
+    print(f"protomem gpu-check on {where}: at most {options.minutes:g} minutes; lines in {lines}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
             lines.resolve(),
@@ -121,12 +122,6 @@ def _check(options: argparse.Namespace, device: str, lines: Path) -> int:
         print(f"wrong: {' '.join(wrong.split())[:300]}")
     print(f"written: {options.output} ({len(content['wrong'])} wrong; please send it back)")
     return WRONG if content["wrong"] or not complete else 0
-
-
-def _name(device: str) -> str:
-    if device == "cpu":
-        return "a CPU that stands in for a GPU"
-    return torch.cuda.get_device_name(0)
 
 
 def _show(line: dict[str, Any]) -> None:

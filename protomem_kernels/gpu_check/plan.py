@@ -39,7 +39,7 @@ PARTS: dict[str, Part] = {
     "speed": Part("ceilings and the speed of every operator", 0.35, 1, speed.tasks, speed.run),
     "steps": Part("whole steps, by kernel and as a CUDA graph", 0.1, 1, steps.tasks, steps.run),
     "sanitizer": Part("compute-sanitizer", 0.15, 4, sanitizer.tasks, sanitizer.run, sanitizer.absent),
-    "counters": Part("ncu", 0.1, 1, counters.tasks, counters.run, counters.absent),
+    "counters": Part("ncu", 0.15, 1, counters.tasks, counters.run, counters.absent),
     "suite": Part("the GPU suite", 1.0, 8, suite.tasks, suite.run, suite.absent),
 }
 

@@ -17,7 +17,7 @@ from protomem_kernels.gpu_check.device import found, stands_in, synchronize
 from protomem_kernels.ops.problems import SIZES, drawn
 
 MARK = "@ "
-LARGE = [(512, 20_000, 512)]  # enough to fill a GPU, little enough to make on a CPU and to replay
+LARGE = [(512, 8192, 512)]  # enough to fill a GPU, little enough to make on a CPU and to replay
 DTYPES = {"small": (torch.float32, torch.bfloat16), "large": (torch.bfloat16,)}
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 from protomem_kernels.gpu_check.records import Lines, Record
 
 GO_ON_IN_A_NEW_ONE = 75  # exit code of a process that has written why it cannot go on: the rest needs another one
+KNOWS_THE_USERS = "environment"  # the part that tells of the verdicts on the machine itself
 TICK = 0.05  # seconds between two looks
 PATIENCE = 10.0  # seconds to wait for a process that was killed; one that a driver holds may never end
 
@@ -65,7 +66,7 @@ class Setting(NamedTuple):
 class _Running:
     """A process at its task."""
 
-    def __init__(self, task: Task, setting: Setting, number: int) -> None:
+    def __init__(self, task: Task, setting: Setting, number: int, cache: str | None) -> None:
         self.task, self.printed = task, setting.folder / f"{task.part}-{number}.log"
         self.heard, self.at_hand, self.case = time.monotonic(), "", task.first - 1
         given = {
@@ -77,11 +78,14 @@ class _Running:
         }
         # What this process imports is what that one does; the tests are imported from where they are.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment = {**setting.environment, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+        if cache is not None:
+            environment["PROTOMEM_CACHE_DIR"] = str(setting.folder / cache)
         with self.printed.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", setting.module, json.dumps(given)],
                 cwd=setting.checkout if task.part == "suite" else setting.folder,
-                env={**setting.environment, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -119,7 +123,10 @@ class Runner:
         while (waiting or self.running) and time.monotonic() < end:
             while waiting and len(self.running) < at_once:
                 self._started += 1
-                self.running.append(_Running(waiting.popleft(), self.setting, self._started))
+                # Verdicts of kernels' own checks are made anew, and nothing of a check stays on the machine: tasks one
+                # after another share theirs, those side by side would only wait for one another.
+                cache = None if part == KNOWS_THE_USERS else part if at_once == 1 else f"{part}-{self._started}"
+                self.running.append(_Running(waiting.popleft(), self.setting, self._started, cache))
             time.sleep(TICK)
             self.listen()
             for running in list(self.running):

@@ -18,7 +18,7 @@ from protomem_kernels.gpu_check.processes import GO_ON_IN_A_NEW_ONE, Task
 from protomem_kernels.gpu_check.records import Record
 
 MODES = ("none", "fresh")  # where the gradient goes (``prototype_gradient``)
-STEPS, KERNELS = 10, 25  # steps that are looked at, and how many kernels are told of
+STEPS, KERNELS, SETTLED = 10, 25, 50  # steps looked at, kernels told of, steps before
 
 
 def tasks(checkout: Path) -> list[Task]:
@@ -31,7 +31,7 @@ def tasks(checkout: Path) -> list[Task]:
 def run(record: Record, name: str, first: int, checkout: Path) -> int:
     """Look at one kind of step: the host's share, its kernels, the same step as a CUDA graph."""
     step = _step(*name.split())
-    for _ in range(1 if stands_in() else 3):
+    for _ in range(1 if stands_in() else SETTLED):  # the batch's prototypes settle: steps are alike from there on
         step()
     synchronize()
     for case, look in enumerate([_host, _kernels, _graph][first:], first):
@@ -126,7 +126,6 @@ def _graph(record: Record, what: str, step: Callable[[], Any]) -> None:
         loss, _ = step()
     graph.replay()
     torch.cuda.synchronize()
-    # The same batch once more: what it refreshes is there already, so the loss hardly moves.
     gap = abs(float(loss) - float(eager)) / max(1.0, abs(float(eager)))
     figures = median_ms(graph.replay)
     record.write(what, gap <= 1e-2, f"{figures['ms']:.4g} ms, loss {gap:.2g} from the eager one", gap=gap, **figures)

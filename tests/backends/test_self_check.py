@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -318,3 +319,23 @@ def test_warm_up_checks_all_that_a_step_needs_and_moves_nothing(install):
         pmk.warm_up(torch.nn.Linear(2, 2), 3)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         pmk.warm_up(head, 0)
+
+
+NOTES = """
+import sys, torch
+from protomem_kernels.backends import verdicts
+device = torch.device("cpu")
+for number in range(40):
+    with verdicts.noted_as_begun("stand-in", f"{sys.argv[1]}-{number}", torch.float32, device):
+        pass
+    verdicts.keep("stand-in", f"{sys.argv[1]}-{number}", torch.float32, device, None)
+"""
+
+
+def test_processes_that_write_at_once_lose_no_verdict(cache):
+    """As the ranks of one machine do at their first step; a note that a check ended, lost, would read as a crash."""
+    at_once = [subprocess.Popen([sys.executable, "-c", NOTES, name]) for name in "abc"]
+    assert [process.wait() for process in at_once] == [0, 0, 0]
+    assert len(verdicts.remembered(CPU)) == 120
+    (file,) = cache.rglob("*.json")
+    assert json.loads(file.read_text())["begun"] == {}

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.operators import PROBLEMS
-from protomem_kernels.gpu_check import command, correctness, counters, device, environment, problems, sanitizer, speed
+from protomem_kernels.gpu_check import (
+    command,
+    correctness,
+    counters,
+    device,
+    environment,
+    problems,
+    sanitizer,
+    speed,
+    steps,
+)
 from protomem_kernels.gpu_check.correctness import judge
 from protomem_kernels.gpu_check.plan import PARTS
 from protomem_kernels.ops.problems import drawn
@@ -168,6 +178,15 @@ def test_both_ways_compute_the_same_at_the_small_size(stand_in: None) -> None:
             assert speed._distance(case.make()(), case.truth) < 1e-5, case.name
             seen += 1
     assert seen == 8
+
+
+def test_steps_are_looked_at(stand_in: None, recorded: Any) -> None:
+    record, lines = recorded("steps")
+    assert steps.run(record, "fresh bfloat16", 0, Path()) == 0
+    host, kernels, graph = lines()
+    assert host["ms"] > 0
+    assert kernels["aten_calls"] > 10
+    assert graph["said"] == "left out: a CPU has no CUDA graphs"
 
 
 # Sanitizer and counters, by programs that print what the real ones do
