@@ -988,7 +988,7 @@ def test_a_copy_of_a_learnable_memory_asks_for_its_own_optimizer():
 def test_float16_gradients_stay_in_range(mode: str) -> None:
     """At cosines of -1, where in "fresh" mode those of the loss and of the aggregation add up."""
     directions = torch.eye(4) - 0.1
-    loss_fn = PrototypeMemoryLoss(4, 16, margin=SphereFace(), scale=256.0, prototype_gradient=mode)
+    loss_fn = PrototypeMemoryLoss(4, 16, margin=SphereFace(), scale=1024.0, prototype_gradient=mode)
     loss_fn(directions.half(), torch.arange(4))
     embeddings = (-1e-4 * directions).half().requires_grad_()
     loss_fn(embeddings, torch.arange(4)).backward()
