@@ -66,8 +66,20 @@ def tensors_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # Under coverage Python runs at half its speed, above all Triton's interpreter: it is on where lines of the package
 # would not run otherwise, once.
-NOT_COVERED = ("tests/backends/cuda/", "tests/cuda_host/", "tests/benchmarks/static/")
+NOT_COVERED = (
+    "tests/backends/cuda/",
+    "tests/cuda_host/",
+    "tests/benchmarks/static/",
+    "tests/fuzz/",
+    "tests/gpu_check/",
+)
 COVERED_IN_THE_INTERPRETER = ("tests/backends/triton/", "tests/ops/test_registration.py")
+
+
+def _runs_the_same_lines_as_another(item: pytest.Item) -> bool:
+    """Say whether this is a contract test on the compiled backend, beside the same one on the reference."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return item.nodeid.startswith("tests/ops/") and parameters.get("backend") == "cpu"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         covered = item.nodeid.startswith(COVERED_IN_THE_INTERPRETER if interpreted else NOT_COVERED) == interpreted
-        if not covered:
+        if not covered or (not interpreted and _runs_the_same_lines_as_another(item)):
             item.add_marker("no_cover")
 
 
