@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -101,3 +102,25 @@ def test_how_it_ended() -> None:
 def test_a_started_program_is_read_as_it_prints() -> None:
     with started([sys.executable, "-S", "-c", "print('a'); print('b')"], os.environ) as lines:
         assert [line.strip() for line in lines] == ["a", "b"]
+
+
+KILLED = """
+import os, sys
+from protomem_kernels.gpu_check.processes import started
+sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+with started([sys.executable, "-S", "-c", sleeper], os.environ) as lines:
+    print(next(lines), end="", flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked for it")
+def test_nobody_outlives_a_process_that_is_killed() -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -9
+    place = Path("/proc", done.stdout.strip(), "cmdline")
+    for _ in range(500):
+        if not place.exists() or not place.read_bytes():  # gone, or waiting to be buried
+            return
+        time.sleep(0.01)
+    pytest.fail("it goes on")
