@@ -13,9 +13,7 @@ from tests.fuzz.draw import Draw
 from tests.fuzz.known import why_known
 from tests.fuzz.places import again
 from tests.fuzz.subjects import SUBJECTS
-from tests.fuzz.verdict import BrokenRuleError
-
-LIMITED = ("cuda", "triton")  # backends that say of some calls that they cannot serve them
+from tests.fuzz.verdict import GPU_KERNELS, BrokenRuleError
 
 
 class Outcome(NamedTuple):
@@ -42,7 +40,7 @@ def run_case(subject: str, seed: int) -> Outcome:
     except BrokenRuleError as finding:
         rule, said = finding.rule, str(finding).removeprefix(f"{finding.rule}: ")
     except Exception as error:
-        if "cannot serve" in str(error) and str(draw.notes.get("backend")).startswith(LIMITED):
+        if "cannot serve" in str(error) and str(draw.notes.get("backend")).startswith(GPU_KERNELS):
             return Outcome(subject, seed)
         frame = traceback.extract_tb(error.__traceback__)[-1]
         rule = f"{subject}: {type(error).__name__}"
