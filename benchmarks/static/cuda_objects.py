@@ -22,6 +22,9 @@ ARGUMENT = re.compile(r"f|d|6__half|13__nv_bfloat16|Lb([01])E|Li(\d+)E")
 LOADS = re.compile(r"LDG\b")
 LOADS_16, STORES_16 = re.compile(r"LDG\..*\.128"), re.compile(r"STG.*\.128")
 COPIES_16 = re.compile(r"LDGSTS.*\.128")
+# What orders a thread's accesses among others', and its loads from global memory: ``CONSTANT`` ones go through a cache
+# that is not coherent. CCTL.IVALL throws away what the multiprocessor's L1 cache holds.
+ORDERING = re.compile(r"(BAR|MEMBAR|CCTL|ATOMG|LDG)\b")
 IN_FILE = re.compile(r"arch = sm_(\d+)|Function (?:: )?(\w+)")
 
 
@@ -35,6 +38,7 @@ class Compiled:
     stack: int  # bytes of local memory per thread
     shared: int  # bytes per block, static, without the system's own
     codes: Counter[str]  # instruction -> how often it stands in the code
+    ordering: tuple[str, ...] = ()  # those of ``ORDERING``, as they follow one another
 
     def count(self, pattern: str | re.Pattern[str]) -> int:
         return sum(times for code, times in self.codes.items() if re.match(pattern, code))
@@ -92,10 +96,12 @@ def read(library: Path = cuda.LIBRARY) -> list[Compiled]:
     for arch, function, text in _functions(library, "-res-usage"):
         registers, stack, shared, local = map(int, RESOURCES.search(text).groups())  # type: ignore[union-attr]
         resources[arch, function] = registers, stack + local, max(0, shared - (SYSTEM_SHARED if arch >= 90 else 0))
-    return [
-        Compiled(readable(function), arch, *resources[arch, function], Counter(INSTRUCTION.findall(text)))
-        for arch, function, text in _functions(library, "-sass")
-    ]
+    found = []
+    for arch, function, text in _functions(library, "-sass"):
+        codes = INSTRUCTION.findall(text)
+        ordering = tuple(code for code in codes if ORDERING.match(code))
+        found.append(Compiled(readable(function), arch, *resources[arch, function], Counter(codes), ordering))
+    return found
 
 
 def _functions(library: Path, option: str) -> Iterable[tuple[int, str, str]]:

@@ -5,11 +5,10 @@
 // ordered before the other:
 //   threads of one block   by a __syncthreads between them; lanes of one warp by a __syncwarp too. Nothing else: a
 //                          shuffle or a vote orders no memory.
-//   threads of two blocks  by a ticket. The first access is followed by a __threadfence (of its own thread, or of the
-//   one
-//                          that draws the ticket, past a barrier), then an atomic of its block on some address; the
-//                          second is preceded by an atomic of its own block on the same address, later in the
-//                          order of that address, and a __threadfence after it. Nothing else.
+//   threads of two blocks  by a ticket. The first access is followed by a __threadfence and then an atomic on some
+//                          address, both of one thread of its block (past a barrier if that is another thread); the
+//                          second is preceded by an atomic on the same address, later in the order of that address,
+//                          and then a __threadfence, again both of one thread. Nothing else.
 // A cp.async writes its destination until the wait that covers it: until then no access of it is ordered, not even by
 // the thread that issued it.
 //
@@ -20,7 +19,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -74,10 +72,8 @@ struct Page {
 // An atomic that another block may build upon.
 struct Release {
   uint32_t block, thread, fences;
-  uint32_t fence_barrier;                                       // the barriers before the thread's last fence
-  uint32_t fence_seen[lanes];                                   // what it had seen of its warp then
-  uint32_t seen_fences[lanes];                                  // the fences of its warp it has seen
-  std::shared_ptr<const std::vector<uint32_t>> barrier_fences;  // every thread's fences at the last barrier
+  uint32_t fence_barrier;      // the barriers before the thread's last fence
+  uint32_t fence_seen[lanes];  // what it had seen of its warp then
 };
 
 struct Acquisition {
@@ -104,8 +100,8 @@ struct State {
   std::vector<uint64_t> blocks;  // by order of execution, their place in the grid
   std::vector<Moment> moments;
   std::vector<Thread> threads = std::vector<Thread>(max_threads);
-  std::shared_ptr<const std::vector<uint32_t>> barrier_fences;
-  bool fenced = false;  // the block has seen a fence
+  std::vector<uint32_t> barrier_fences;  // every thread's at the last barrier
+  bool fenced = false;                   // the block has seen a fence
 
   std::unordered_map<uintptr_t, std::vector<Release>> releases;
   std::vector<Acquisition> acquisitions;  // of the running block
@@ -161,28 +157,25 @@ void for_cells(uintptr_t address, std::size_t bytes, const F& f) {
   }
 }
 
-// Whether `release` makes what a thread of its block did visible to whom acquires it.
+// Whether `release` makes what a thread of its block did visible to whom acquires it: it stands before a fence of the
+// releasing thread, or a barrier and then that fence.
 bool covers(const Release& release, const Moment& done) {
   if (done.block != release.block) return false;
   if (done.thread == release.thread) return done.fences < release.fences;
-  if (done.barrier < release.fence_barrier) return true;  // then a barrier, then the releasing thread's fence
-  if (done.fences < (*release.barrier_fences)[done.thread]) return true;  // then its own fence, then a barrier
-  if (done.thread / lanes != release.thread / lanes) return false;
-  const uint32_t lane = done.thread % lanes;
-  return done.sync <= release.fence_seen[lane] || done.fences < release.seen_fences[lane];
+  if (done.barrier < release.fence_barrier) return true;
+  return done.thread / lanes == release.thread / lanes && done.sync <= release.fence_seen[done.thread % lanes];
 }
 
-// Whether a thread of the running block may build upon what an atomic of its block saw: there is a fence between.
+// Whether a thread of the running block may build upon what an atomic of its block saw: that thread's fence follows,
+// and for another one a barrier.
 bool usable(const Acquisition& acquisition, uint32_t thread) {
   const Moment& then = acquisition.moment;
   const Thread& now = state.threads[thread];
   if (then.thread == thread) return now.fences > then.fences;
-  if (then.barrier < state.barrier) {
-    if (now.fence_barrier > then.barrier || (*state.barrier_fences)[then.thread] > then.fences) return true;
-  }
+  if (then.barrier < state.barrier && state.barrier_fences[then.thread] > then.fences) return true;
   if (then.thread / lanes != thread / lanes) return false;
   const uint32_t lane = then.thread % lanes;
-  return then.sync <= now.fence_seen[lane] || (then.sync <= now.seen[lane] && then.fences < now.seen_fences[lane]);
+  return then.sync <= now.seen[lane] && then.fences < now.seen_fences[lane];
 }
 
 bool ordered(Entry entry, Kind kind, uintptr_t address, uint32_t thread) {
@@ -308,10 +301,9 @@ void exchange_tickets(const void* pointer, std::size_t bytes, uint32_t thread) {
   }
   if (!state.fenced) return;
   const Thread& now = state.threads[thread];
-  Release release{state.block, thread, now.fences, now.fence_barrier, {}, {}, state.barrier_fences};
+  Release release{state.block, thread, now.fences, now.fence_barrier, {}};
   std::copy_n(now.fence_seen, lanes, release.fence_seen);
-  std::copy_n(now.seen_fences, lanes, release.seen_fences);
-  state.releases[address].push_back(std::move(release));
+  state.releases[address].push_back(release);
 }
 
 }  // namespace
@@ -349,7 +341,7 @@ void begin_block(uint64_t block) {
   state.barrier = 0;
   state.fenced = false;
   state.acquisitions.clear();
-  state.barrier_fences = std::make_shared<const std::vector<uint32_t>>(max_threads, 0);
+  state.barrier_fences.assign(max_threads, 0);
   for (Thread& thread : state.threads) {
     thread = {};
     thread.sync = 1;  // 0 in `seen`: nothing yet
@@ -364,9 +356,7 @@ void barrier_done() {
   state.barrier++;
   for (Thread& thread : state.threads) thread.moment = 0;
   if (!state.fenced) return;
-  std::vector<uint32_t> fences;
-  for (const Thread& thread : state.threads) fences.push_back(thread.fences);
-  state.barrier_fences = std::make_shared<const std::vector<uint32_t>>(std::move(fences));
+  for (std::size_t i = 0; i < max_threads; i++) state.barrier_fences[i] = state.threads[i].fences;
 }
 
 void warp_synced(int warp, unsigned mask) {

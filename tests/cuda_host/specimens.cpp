@@ -46,6 +46,8 @@ enum class Defect {
   missing_release_fence,
   missing_acquire_fence,
   fence_after_ticket,
+  release_of_others,
+  acquire_of_others,
   every_block_is_last,
   other_counter,
 };
@@ -330,7 +332,7 @@ bool run_matrix_product() {
 // ---------------------------------------------------------------------------------------------- Last block done
 
 // The sum, its second step by the block that finishes last; the counter is left at zero. Either one thread writes for
-// the block and fences, or all do.
+// the block, or all do; one fences and draws the ticket.
 template <Defect DEFECT, bool ALL_WRITE>
 KERNEL(64)
 void ticket_sum(const float* x_ptr, int64_t n, float* partial_ptr, int* counters_ptr, float* sum_ptr) {
@@ -340,23 +342,23 @@ void ticket_sum(const float* x_ptr, int64_t n, float* partial_ptr, int* counters
   const float x = i < n ? x_ptr[i] : 0.f;
   if (ALL_WRITE) {
     partial_ptr[i] = x;
-    if (DEFECT != missing_release_fence && DEFECT != fence_after_ticket) __threadfence();
+    if (DEFECT == release_of_others) __threadfence();
     if (DEFECT != missing_barrier) __syncthreads();
   } else {
     const float sum = block_sum<64>(x);
     if (thread == 0) partial_ptr[blockIdx.x] = sum;
-    if (DEFECT != missing_release_fence && DEFECT != fence_after_ticket && thread == 0) __threadfence();
   }
   if (thread == 0) {
+    if (DEFECT != missing_release_fence && DEFECT != fence_after_ticket && DEFECT != release_of_others) __threadfence();
     int* const counter = counters_ptr + (DEFECT == other_counter ? blockIdx.x % 2 : 0);
     const int ticket = atomicAdd(counter, 1);
     if (DEFECT == fence_after_ticket) __threadfence();
     is_last = DEFECT == every_block_is_last || ticket == (DEFECT == other_counter ? blocks / 2 : blocks) - 1;
-    if (!ALL_WRITE && DEFECT != missing_acquire_fence) __threadfence();
+    if (DEFECT != missing_acquire_fence && DEFECT != acquire_of_others) __threadfence();
   }
   __syncthreads();
   if (!is_last) return;
-  if (ALL_WRITE && DEFECT != missing_acquire_fence) __threadfence();
+  if (DEFECT == acquire_of_others) __threadfence();
   float sum = 0;
   for (int64_t j = thread; j < (ALL_WRITE ? 64 * blocks : blocks); j += 64) sum += partial_ptr[j];
   sum = block_sum<64>(sum);
@@ -510,7 +512,8 @@ const std::map<std::string, Runs> specimens = {
       RUN(ticket_one, fence_after_ticket), RUN(ticket_one, every_block_is_last), RUN(ticket_one, other_counter)}},
     {"ticket_all",
      {RUN(ticket_all, none), RUN(ticket_all, missing_release_fence), RUN(ticket_all, missing_acquire_fence),
-      RUN(ticket_all, fence_after_ticket), RUN(ticket_all, missing_barrier)}},
+      RUN(ticket_all, fence_after_ticket), RUN(ticket_all, missing_barrier), RUN(ticket_all, release_of_others),
+      RUN(ticket_all, acquire_of_others)}},
 };
 
 int run(const std::string& name, const std::string& defect) {

@@ -58,7 +58,7 @@ def grid_program(random_: random.Random, blocks: int, fences: list[list[int]], c
     """
 
     def sync() -> Row:
-        return every(BARRIER) if random_.random() < 0.8 else warps_synced(random_)
+        return every(BARRIER) if random_.random() < 0.9 else warps_synced(random_)
 
     def fence() -> Row:
         return dict.fromkeys(random_.choice(fences), (FENCE, 0))
@@ -67,7 +67,7 @@ def grid_program(random_: random.Random, blocks: int, fences: list[list[int]], c
         return {random_.choice(ACTIVE[::2]): (TICKET, random_.randrange(counters))}
 
     def some(steps: list[Callable[[], Row]]) -> list[Row]:
-        return [step() for step in steps for _ in range(random_.choice([0, *[1] * 9, 2]))]
+        return [step() for step in steps for _ in range(random_.choice([0, *[1] * 14, 2]))]
 
     def block(places: list[int], *then: Callable[[], Row]) -> list[Row]:
         first = accesses(random_, [READ, WRITE], places)
@@ -114,11 +114,10 @@ def has_race(blocks: list[list[Row]]) -> bool:
     for block, rows in enumerate(blocks):
         events += events_of(block, rows, len(events))
 
-    def fenced(first: int, last: int) -> bool:  # a fence of one of both threads, ordered between them
-        threads = (events[first].thread, events[last].thread)
+    def fenced(first: int, last: int, ticket: int) -> bool:  # by the ticket's thread, and ordered between the two
         return any(
             event.what == FENCE
-            and event.thread in threads
+            and event.thread == events[ticket].thread
             and event.before >> first & 1
             and events[last].before >> i & 1
             for i, event in enumerate(events)
@@ -133,8 +132,8 @@ def has_race(blocks: list[list[Row]]) -> bool:
             events[r].block == a.block
             and events[q].block == b.block
             and events[r].argument == events[q].argument
-            and fenced(first, r)
-            and fenced(q, last)
+            and fenced(first, r, r)
+            and fenced(q, last, q)
             for r in tickets
             for q in tickets
         )

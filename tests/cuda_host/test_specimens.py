@@ -76,6 +76,8 @@ DEFECTS = {
     "ticket_all missing_acquire_fence": IN_RACE,
     "ticket_all fence_after_ticket": IN_RACE,
     "ticket_all missing_barrier": IN_RACE,
+    "ticket_all release_of_others": IN_RACE,
+    "ticket_all acquire_of_others": IN_RACE,
 }
 
 

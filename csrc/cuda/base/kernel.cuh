@@ -27,8 +27,9 @@
 // - No spinning, no __activemask, no textures, no printf, no new; inline PTX only in this folder, beside a host twin.
 // - cp.async: nothing may touch the destination between issue and the wait that covers its group; after the wait it is
 //   visible to the issuing thread alone, to others after the next __syncthreads.
-// - Visibility between blocks of one launch: write, __threadfence, (__syncthreads,) atomic ticket; in the last block
-//   atomic ticket, (__syncthreads,) __threadfence, read. Both fences are needed.
+// - Visibility between blocks of one launch: write, (__syncthreads,) __threadfence, atomic ticket; in the last block
+//   atomic ticket, __threadfence, (__syncthreads,) read. Both fences are needed, both by the thread that draws the
+//   ticket.
 #pragma once
 
 #include <cstddef>

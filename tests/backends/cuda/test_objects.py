@@ -108,6 +108,35 @@ def test_no_float_is_added_by_an_atomic() -> None:
         assert not kernel.count(r"(RED|ATOM\w*)\..*F(16|32|64)"), (kernel.name, kernel.arch)
 
 
+def steps(kernel: Compiled) -> list[str]:
+    """Return the ordering instructions by their first word, and whether a load is coherent."""
+    return ["LDG.CONSTANT" if "CONSTANT" in code else code.split(".")[0] for code in kernel.ordering]
+
+
+TICKET = ["BAR", "MEMBAR", "CCTL", "ATOMG", "MEMBAR", "CCTL", "BAR"]
+
+
+@needs_library
+def test_the_last_block_fences_beside_its_ticket_and_reads_nothing_stale() -> None:
+    """Barrier, fence, ticket, fence, barrier: each fence with the invalidation of L1, then coherent loads alone."""
+    drawn = set()
+    for kernel in kernels():
+        found = steps(kernel)
+        if "MEMBAR" not in found:
+            continue
+        places = [i for i in range(len(found)) if found[i : i + len(TICKET)] == TICKET]
+        assert len(places) == 1, (kernel.name, kernel.arch, found)
+        assert found.count("MEMBAR") == TICKET.count("MEMBAR"), (kernel.name, kernel.arch, found)
+        assert "CCTL.IVALL" in kernel.ordering
+        assert "LDG" in found[places[0] :], (kernel.name, kernel.arch)
+        assert "LDG.CONSTANT" not in found[places[0] :], (kernel.name, kernel.arch)
+        drawn.add(kernel.name.split("<")[0])
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    functions = re.findall(r"^void (\w+)(\(.*?^})", sources, re.MULTILINE | re.DOTALL)
+    callers = {name for name, body in functions if "is_last_block(" in body}
+    assert drawn == callers != set()
+
+
 def test_names_are_read() -> None:
     assert readable("_ZN8protomem4cuda11find_kernelILb1ELb0EEEvNS0_6MemoryE") == "find_kernel<true, false>"
     assert readable("_ZN8protomem4cuda12order_kernelENS_6VectorEi") == "order_kernel"

@@ -15,9 +15,21 @@ TICKET = "cuda/base/ticket.cuh"
 FAULTS = {
     "rows: one column past the tail": Fault(ROWS, "if (column < D) f(group", "if (column <= D) f(group", "race"),
     "ticket: no fence before it": Fault(
-        TICKET, "__threadfence();  // what this thread wrote comes before the ticket,", "", "race"
+        TICKET, "__threadfence();  // what this block wrote comes before the ticket,", "", "race"
     ),
     "ticket: no fence after it": Fault(TICKET, "  __threadfence();  // and what", "  // and what", "race"),
+    "ticket: each thread fences, not the one that draws": Fault(
+        TICKET,
+        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    __threadfence();",
+        "  __threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {",
+        "race",
+    ),
+    "ticket: each thread fences after it, not the one that drew": Fault(
+        TICKET,
+        "    __threadfence();  // and what it reads from here on comes after it\n  }\n  __syncthreads();",
+        "  }\n  __syncthreads();\n  if (threadIdx.x != 0) __threadfence();",
+        "race",
+    ),
     "ticket: the last block but one": Fault(TICKET, "gridDim.x - 1", "gridDim.x - 2"),
     "enqueue: bits of the set written without an atomic": Fault(
         OWN, "atomicOr(&hashes[hash / 32], 1u << (hash % 32))", "hashes[hash / 32] |= 1u << (hash % 32)", "race"
