@@ -8,8 +8,10 @@ machine code, through the tools in Triton's wheel: what ``cuobjdump`` says about
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import io
 import multiprocessing
 import os
 import re
@@ -24,12 +26,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.static.ordering import unordered
 from protomem_kernels.backends.triton import specimens as described
 from protomem_kernels.backends.triton.specimens import Specimen
 
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 LOCAL = re.compile(r"(LDL|STL)\b")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# What ptxas -v always says. Whatever else it says is a warning, though it calls some "info": a serialized wgmma is one.
+PTXAS_INFO = re.compile(
+    r"ptxas\S* info\s*: (\d+ bytes gmem|Compiling entry|Function properties for|Used \d+ registers|Compile time)"
+    r"|\s*0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -63,6 +71,8 @@ class Count:
     exponentials: int  # instructions
     instructions: int
     wide_offsets: bool  # whether no stride or large size is multiplied in 32 bits
+    warnings: list[str]  # of ptxas
+    unordered: list[str]  # what is loaded and stored with no barrier between
     matrix_bound: bool
     bytes_per_tile: int
     operations_per_tile: int
@@ -120,6 +130,8 @@ def _count(job: Job, specimen: Specimen) -> Count:
         exponentials=sum(matching(re.compile(r"MUFU\.EX2")).values()),
         instructions=sum(codes.values()),
         wide_offsets=not narrow_products(any_strides(specimen, job.arch)),
+        warnings=warnings(compiled.metadata.ptxas_log),
+        unordered=unordered(compiled.asm["ptx"], pointers(specimen)),
         matrix_bound=specimen.matrix_bound,
         bytes_per_tile=specimen.bytes_per_tile,
         operations_per_tile=specimen.operations_per_tile,
@@ -129,11 +141,50 @@ def _count(job: Job, specimen: Specimen) -> Count:
 
 
 def compile_for(specimen: Specimen, arch: int, dim: int) -> Any:
-    """Return Triton's compiled kernel."""
+    """Return Triton's compiled kernel, with what ptxas said as ``metadata.ptxas_log``."""
     import triton
+    from triton import knobs
 
     target, options = _target(specimen, arch)
-    return triton.compile(_source(specimen, dim), target=target, options=options)
+    with knobs.runtime.scope(), knobs.compilation.scope():
+        knobs.runtime.add_stages_inspection_hook = _keep_what_ptxas_says
+        compiled = triton.compile(_source(specimen, dim), target=target, options=options)
+        if not hasattr(compiled.metadata, "ptxas_log"):  # from the cache of a Triton whose key leaves the hook out
+            knobs.compilation.always_compile = True
+            compiled = triton.compile(_source(specimen, dim), target=target, options=options)
+    return compiled
+
+
+def _keep_what_ptxas_says(
+    backend: Any = None, stages: dict[str, Any] | None = None, *_: Any, **__: Any
+) -> tuple[str, str] | None:
+    """Keep ptxas's words beside the kernel; Triton calls this without arguments for the cache's key."""
+    from triton import knobs
+
+    if stages is None:
+        return "ptxas_log", "ptxas_log"
+    assemble = stages["cubin"]
+
+    def assemble_and_listen(ptx: str, metadata: dict[str, Any]) -> bytes:
+        with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as said:
+            knobs.nvidia.dump_ptxas_log = True
+            cubin: bytes = assemble(ptx, metadata)
+        metadata["ptxas_log"] = said.getvalue()
+        return cubin
+
+    stages["cubin"] = assemble_and_listen
+    return None
+
+
+def warnings(ptxas_log: str) -> list[str]:
+    """Return the lines of ``ptxas -v`` that are more than figures, spills included."""
+    return [line.strip() for line in ptxas_log.splitlines() if line.strip() and not PTXAS_INFO.match(line)]
+
+
+def pointers(specimen: Specimen) -> list[str]:
+    """Return the arguments that the compiled kernel takes, in order; "" for what is no pointer."""
+    kinds = {name: specimen.signature.get(name, "constexpr") for name in specimen.kernel.arg_names}
+    return [name if kind.startswith("*") else "" for name, kind in kinds.items() if kind != "constexpr"]
 
 
 def any_strides(specimen: Specimen, arch: int) -> str:

@@ -54,12 +54,19 @@ def _time(count: Count, moved: int) -> str:
     return f"{1e6 * time:,.1f} us ({bound})"
 
 
+def _spills(count: Count) -> str:
+    """Return the number, and what ptxas warns of besides."""
+    spills = f"**{count.spills}** ({count.stack} B)" if count.spills else "0"
+    warnings = [line for line in count.warnings if "bytes spill" not in line]
+    return f"{spills}, **ptxas warns** ({'; '.join(warnings)})" if warnings else spills
+
+
 COLUMNS: dict[str, Callable[[Count], str]] = {
     "kernel": lambda count: f"{owner(count)}: {count.name}",
     "dtype": lambda count: SHORT[count.dtype],
     "warps": lambda count: str(count.warps),
     "registers": lambda count: str(count.registers),
-    "spills": lambda count: f"{count.spills}" if not count.spills else f"**{count.spills}** ({count.stack} B)",
+    "spills": lambda count: _spills(count),
     "shared, KiB": lambda count: f"{count.shared / 1024:.1f}",
     "occupancy": lambda count: f"{100 * occupancy(count):.0f} %",
     "tensor cores": lambda count: ", ".join(f"{times} {code}" for code, times in count.tensor_cores.items()) or "none",

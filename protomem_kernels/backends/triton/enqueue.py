@@ -34,7 +34,9 @@ moves. Scratch: some 36 bytes per row of the batch; "lru" some words per slot. N
 Deterministic: no two programs write one place, except that hits are noted by an integer maximum; it matters only to a
 memory that breaks the invariant that an identity stands in one slot: that is served without harm, the highest slot
 counts. Before the third launch only notes and the clock are written; in it every slot is read and written by the
-one program that it belongs to. Prototypes that share storage with the memory are copied first.
+one program that it belongs to. Prototypes that share storage with the memory are copied first. Within a program, the
+threads hold several copies of a scalar and of a row shorter than the block: a barrier stands between the loads of what
+it changes (the clock, the slot) and its stores.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def order_kernel(
     has where its first one stands, 0 elsewhere.
     """
     if tl.program_id(0) == 0:
-        tl.store(clock_ptr, tl.load(clock_ptr) + 1)
+        clock = tl.load(clock_ptr)
+        tl.debug_barrier()  # every thread has loaded the clock before one of them stores it
+        tl.store(clock_ptr, clock + 1)
         tl.store(start_ptr, tl.load(cursor_ptr))  # the third launch moves the cursor while it reads where it stood
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < size
@@ -206,6 +210,7 @@ def write_kernel(
         inside = columns < dim
         row = slot * stride_slot + columns * stride_slot_column
         old = tl.load(memory_ptr + row, mask=inside, other=0.0)
+        tl.debug_barrier()  # every thread has what stood in the slot before any of them writes there
         p = load_rows(prototypes_ptr, leader + one, all_columns, stride_prototype, stride_column, one == 0, dim)
         p, _ = unit_rows(p.to(dtype))
         ratio, rest = tl.full([1, 1], refresh_ratio, dtype), tl.full([1, 1], 1.0 - refresh_ratio, dtype)

@@ -271,6 +271,11 @@ TABLE: dict[str, Mapping[str, Lines]] = {
     "find": {"any": always(Launch(slots=1024))},
     "write": {"any": always(Launch(slots=512))},
 }
+# Empty slots, lengths and a hard-negative form at once leave registers for a tile of half the logits.
+TABLE["stream with moment, every option"] = {
+    **TABLE["stream with moment"],
+    "16 bits": MOMENT | {512: MOMENT[512] | {90: Launch(64, 16, 512, 512, 8, 2)}},
+}
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import triton.language as tl
 from protomem_kernels.backends.triton.tiles import (
     LN_2,
     LOG2_E,
+    at_least_one,
     dot,
     inverse_length,
     load_form,
@@ -169,7 +170,7 @@ def stream_kernel(
         x = load_rows(x_ptr, stacked, depth, stride_x_row, stride_x_column, stacked_keep, dim)
 
     first = split * slots_per_split
-    last = tl.minimum(first + slots_per_split, capacity)
+    last = at_least_one(first, tl.minimum(first + slots_per_split, capacity))
     for start in range(first, last, BLOCK_SLOTS):
         slots = start + tl.arange(0, BLOCK_SLOTS)
         present = load_present(occupied_ptr, slots, stride_occupied, capacity)
@@ -349,7 +350,7 @@ def gradient_kernel(
     if WHOLE:
         w = load_rows(prototypes_ptr, slots, depth, stride_w_row, stride_w_column, present, dim).to(dtype)
     grad = tl.zeros((BLOCK_SLOTS, BLOCK_COLUMNS), dtype=acc_dtype)
-    for start in range(0, batch, BLOCK_ROWS):
+    for start in range(0, at_least_one(0, batch), BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         keep = rows < batch
         stacked = start + line % BLOCK_ROWS

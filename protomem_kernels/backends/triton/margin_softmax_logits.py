@@ -36,6 +36,7 @@ from torch import Tensor
 from protomem_kernels.backends.triton.cosines import cosines, inverse_lengths, weigh
 from protomem_kernels.backends.triton.launch import architecture, choose, compute_dtype, padded, processors, split
 from protomem_kernels.backends.triton.tiles import (
+    at_least_one,
     dot,
     load_present,
     load_rows,
@@ -265,7 +266,9 @@ def _embeddings_gradient_kernel(
     acc = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], acc_dtype)
     if CONTINUES:
         acc = tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-    for slot in range(place * part, tl.minimum((place + 1) * part, width), BLOCK_DEPTH):
+        tl.debug_barrier()  # no thread stores before all have loaded, whichever of them hold a number
+    start = place * part
+    for slot in range(start, at_least_one(start, tl.minimum(start + part, width)), BLOCK_DEPTH):
         slots = slot + tl.arange(0, BLOCK_DEPTH)
         present = load_present(occupied_ptr, slots, stride_occupied, width)
         h = _load_h(h_ptr, rows, rows_kept, stride_h_row, slots, present, stride_h_column, targets, first, s)
@@ -325,7 +328,7 @@ def _prototypes_gradient_kernel(
 @triton.jit
 def _normalisation_kernel(
     grad_w_ptr,
-    grad_unit_ptr,
+    grad_unit_ptr,  # None: ``grad_w`` holds it
     prototypes_ptr,
     inverse_ptr,
     occupied_ptr,
@@ -337,13 +340,17 @@ def _normalisation_kernel(
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Write (g - (g . u) u) / |w| (width, dim) for g in ``grad_unit``, which may be the same tensor."""
+    """Write (g - (g . u) u) / |w| (width, dim) for g in ``grad_unit``."""
     slots = tl.program_id(0).to(tl.int64) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
     present = load_present(occupied_ptr, slots, stride_occupied, width)
     columns = tl.arange(0, BLOCK_COLUMNS)
     inverse = tl.load(inverse_ptr + slots, mask=present, other=0.0)[:, None]
     w = load_rows(prototypes_ptr, slots, columns, stride_w_row, stride_w_column, present, dim)
-    g = load_rows(grad_unit_ptr, slots, columns, dim, 1, present, dim)
+    if grad_unit_ptr is None:
+        g = load_rows(grad_w_ptr, slots, columns, dim, 1, present, dim)
+        tl.debug_barrier()  # no thread stores before all have loaded, whichever of them hold a number
+    else:
+        g = load_rows(grad_unit_ptr, slots, columns, dim, 1, present, dim)
     unit = w.to(g.dtype) * inverse
     g = (g - tl.sum(g * unit, axis=1)[:, None] * unit) * inverse
     inside = (slots < width)[:, None] & (columns < dim)[None, :]
@@ -524,7 +531,7 @@ def margin_softmax_logits_backward(
             how = choose("normalisation", architecture(x.device), dtype, dim)
             _normalisation_kernel[(triton.cdiv(width, how.slots),)](
                 grad_w,
-                grad_unit,
+                grad_unit if unfinished else None,
                 w,
                 lengths,
                 present,

@@ -169,6 +169,8 @@ def negative_logsumexp(
         return splits, totals, maxima, moments
 
     kind = "stream with moment" if with_moment else "stream"
+    if with_moment and None not in (occupied, inverse, threshold):
+        kind += ", every option"
     splits, totals, maxima, moments = stream(autotune.best(kind, x.device, dtype, dim, stream))
     how = launch.choose("reduction", arch, dtype, dim)
     reduction_kernel[(triton.cdiv(batch, how.rows),)](

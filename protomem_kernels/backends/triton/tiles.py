@@ -32,6 +32,18 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def at_least_one(first, last):
+    """Return the end of a loop from ``first`` to ``last`` that is run once even if it is empty: its tile is masked.
+
+    The compiler is told so. A loop that may be skipped has accumulators that no wgmma has written, and ptxas, which
+    then cannot tell where the asynchronous ones end, has each wait for the one before it ("serialized").
+    """
+    last = tl.maximum(last, first + 1)
+    tl.assume(first < last)
+    return last
+
+
+@triton.jit
 def scalar(value, dtype: tl.constexpr):
     """Return a number in ``dtype``; arguments that are floats are declared float64, so that no digit is lost before."""
     return tl.full((), value, dtype)

@@ -1,4 +1,5 @@
-"""Every kernel as shipped, compiled for real GPUs: no spills, shared memory within limits, tensor cores, wide offsets.
+"""Every kernel as shipped, compiled for real GPUs: no spills, no warnings, shared memory within limits, tensor cores,
+wide offsets, no place that is loaded and stored without a barrier between.
 
 No GPU is needed, and none is used: this is what the compiler makes, not what a GPU does with it.
 """
@@ -29,6 +30,8 @@ def faults(count: Count) -> Iterator[str]:
     """Yield what a shipped kernel must not be."""
     if count.spills or count.stack:
         yield f"{count.spills} spills, {count.stack} bytes of local memory"
+    yield from (f"ptxas: {warning}" for warning in count.warnings)
+    yield from count.unordered
     if count.shared > SHARED_MEMORY[count.arch]:
         yield f"{count.shared} bytes of shared memory"
     if not occupancy(count):

@@ -65,6 +65,39 @@ def copy_rows_by_size(x_ptr, out_ptr, dim, BLOCK: tl.constexpr):
     tl.store(out_ptr + row.to(tl.int64) * dim + columns, tl.load(x_ptr + row * dim + columns))
 
 
+@triton.jit
+def turn_in_place(x_ptr, BLOCK: tl.constexpr):
+    """Moves every number to another thread: which may store it where a third one has not loaded yet."""
+    places = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + places)
+    tl.store(x_ptr + (places + 32) % BLOCK, x)
+
+
+@triton.jit
+def turn_in_place_ordered(x_ptr, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + places)
+    tl.debug_barrier()
+    tl.store(x_ptr + (places + 32) % BLOCK, x)
+
+
+@triton.jit
+def read_what_was_stored(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(x_ptr + places, tl.load(y_ptr + places))
+    tl.store(y_ptr + BLOCK + places, tl.load(x_ptr + (places + 32) % BLOCK))
+
+
+@triton.jit
+def ordered_on_one_way_only(x_ptr, size, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + places)
+    if size > 5:
+        tl.debug_barrier()
+    tl.store(x_ptr + (places + 32) % BLOCK, x)
+
+
 def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     floats: dict[str, Any] = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
     halves = {"x_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*fp32"}
@@ -72,9 +105,15 @@ def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     sizes = {"x_ptr": "*fp32", "out_ptr": "*fp32", "dim": "i32"}
     columns = rows | {"stride_column": "constexpr"}
     small, large = {"BLOCK": 64}, {"BLOCK": 16384}
+    one, two = {"x_ptr": "*fp32"}, {"x_ptr": "*fp32", "y_ptr": "*fp32"}
+    block = {"BLOCK": 128}
     return [
         Specimen("spills", scale_by_sum, floats, large, warps=1, stages=1),
         Specimen("does not spill", scale_by_sum, floats, large, warps=8, stages=1),
+        Specimen("stores among loads", turn_in_place, one, block, warps=4, stages=1),
+        Specimen("barrier between", turn_in_place_ordered, one, block, warps=4, stages=1),
+        Specimen("loads among stores", read_what_was_stored, two, block, warps=4, stages=1),
+        Specimen("a way around", ordered_on_one_way_only, one | {"size": "i32"}, block, warps=4, stages=1),
         Specimen("multiplies", multiply, halves, small, warps=4, stages=1, matrix_bound=True),
         Specimen("narrow", copy_rows_narrow, rows, small, warps=1, stages=1),
         Specimen("narrow size", copy_rows_by_size, sizes, small, warps=1, stages=1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks.static import counting, gpus
@@ -39,6 +41,44 @@ def test_tensor_cores_are_seen_where_there_is_a_product(planted: dict[str, Count
 def test_narrow_offsets_are_seen(planted: dict[str, Count]) -> None:
     narrow = {name for name, count in planted.items() if not count.wide_offsets}
     assert narrow == {"narrow", "narrow columns", "narrow size", "narrow tile"}
+
+
+def test_what_ptxas_warns_of_is_seen(planted: dict[str, Count]) -> None:
+    loud = {name: count.warnings for name, count in planted.items() if count.warnings}
+    (line,) = loud.pop("spills")
+    assert re.fullmatch(r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads", line)
+    assert not loud
+
+
+def test_of_what_ptxas_says_only_figures_are_no_warning() -> None:
+    serialized = (
+        "ptxas-blackwell info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    )
+    figures = [
+        "ptxas info    : 11 bytes gmem",
+        "ptxas-blackwell info    : Compiling entry function 'stream_kernel' for 'sm_90a'",
+        "ptxas info    : Function properties for stream_kernel",
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+        "ptxas info    : Used 211 registers, used 1 barriers",
+        "ptxas-blackwell info    : Compile time = 2125.289 ms",
+        "",
+    ]
+    assert counting.warnings("\n".join([*figures, serialized, *figures])) == [serialized]
+    assert counting.warnings("\n".join(figures)) == []
+    assert counting.warnings("ptxas warning : Value of threads per SM is out of range") != []
+
+
+def test_a_place_loaded_and_stored_with_no_barrier_between_is_seen(planted: dict[str, Count]) -> None:
+    found = {name: count.unordered for name, count in planted.items() if count.unordered}
+    stored, loaded = "stored after it was loaded", "loaded after it was stored"
+    assert found == {
+        "stores among loads": [f"x_ptr is {stored}, with no barrier between"],
+        "a way around": [f"x_ptr is {stored}, with no barrier between"],
+        "loads among stores": [
+            f"x_ptr is {loaded}, with no barrier between",
+            f"y_ptr is {stored}, with no barrier between",
+        ],
+    }
 
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

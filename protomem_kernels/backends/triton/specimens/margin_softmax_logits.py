@@ -77,6 +77,7 @@ def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     )
     whole = choose("normalisation", arch, dtype, dim)
     turned = (whole.slots * dim * (2 * size + wide), 0, 0, 0)
+    unfinished = {} if dtype != accumulation_dtype(dtype) else {"grad_unit_ptr": None}
     return [
         specimen("logits", _logits_kernel, stream, forward, **bare),
         specimen("logits, every option", _logits_kernel, stream, (*forward[:2], 0, 0)),
@@ -85,5 +86,5 @@ def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
         specimen("gradient of embeddings, every option", _embeddings_gradient_kernel, other, (*embeddings[:2], 0, 0)),
         specimen("gradient of prototypes", _prototypes_gradient_kernel, other, prototypes, **bare),
         specimen("gradient of prototypes, every option", _prototypes_gradient_kernel, other, (*prototypes[:2], 0, 0)),
-        specimen("normalisation", _normalisation_kernel, whole, turned, BLOCK_COLUMNS=padded(dim)),
+        specimen("normalisation", _normalisation_kernel, whole, turned, BLOCK_COLUMNS=padded(dim), **unfinished),
     ]
