@@ -18,7 +18,7 @@ CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp'
 CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
 CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test check fuzz triton extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
+.PHONY: train test check fuzz triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -48,6 +48,23 @@ fuzz: $(BUILT)
 # The Triton kernels on the CPU, in Triton's interpreter, which runs their bodies as Python.
 triton: $(BUILT)
 	TRITON_INTERPRET=1 $(PYTEST) -m "triton and not timing" $(ARGS)
+
+# The same kernels under the Triton that an older torch brings along (torch 2.11 has 3.6), beside the torch of .venv:
+# compiled as shipped and for every kind of argument, then in the interpreter. Some ten minutes, once per change of
+# kernels; the result goes into docs/triton.md. TRITON=3.5 tries another one.
+TRITON ?= 3.6
+OTHER_TRITON := build/triton-$(TRITON)
+OTHER_PYTEST := TRITON_CACHE_DIR=$(OTHER_TRITON)/cache OMP_WAIT_POLICY=passive \
+    $(OTHER_TRITON)/bin/python -m pytest -n 2 --dist worksteal --no-cov -p no:cacheprovider
+triton-versions: $(BUILT) $(OTHER_TRITON)/.ready
+	$(OTHER_PYTEST) tests/backends/triton tests/benchmarks/static $(ARGS)
+	TRITON_INTERPRET=1 $(OTHER_PYTEST) -m "triton and not timing" $(ARGS)
+$(OTHER_TRITON)/.ready:
+	$(BIN)/python -m venv --without-pip $(OTHER_TRITON)
+	$(BIN)/python -m pip --python $(OTHER_TRITON)/bin/python install --quiet --disable-pip-version-check --no-deps 'triton==$(TRITON).*'
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+	    >$$($(OTHER_TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+	touch $(OTHER_TRITON)/.ready
 
 # The CUDA kernels alone: built for real GPUs and their machine code read, then executed on the CPU in three builds
 # (plain, sanitizers, race check) with faults planted.
