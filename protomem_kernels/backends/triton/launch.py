@@ -272,9 +272,23 @@ TABLE: dict[str, Mapping[str, Lines]] = {
     "write": {"any": always(Launch(slots=512))},
 }
 # Empty slots, lengths and a hard-negative form at once leave registers for a tile of half the logits.
+CROWDED: dict[int, Column] = {
+    **fitted(MOMENT[128] | {100: Launch(64, 32, 128, 128, 8, 2)}),
+    256: MOMENT[256] | {90: Launch(64, 32, 256, 256, 8, 2)},
+    512: MOMENT[512] | {90: Launch(64, 16, 512, 512, 8, 2), 100: Launch(64, 16, 128, 512, 8, 2)},
+}
 TABLE["stream with moment, every option"] = {
     **TABLE["stream with moment"],
-    "16 bits": MOMENT | {512: MOMENT[512] | {90: Launch(64, 16, 512, 512, 8, 2)}},
+    "16 bits": MOMENT | CROWDED,
+    "fp16": MOMENT | CROWDED | {512: CROWDED[512] | {90: Launch(64, 32, 256, 256, 8, 2)}},
+}
+# Empty slots and lengths: Triton 3.6 puts more of the tile into shared memory than sm_80 has.
+TABLE["gradient of slots, every option"] = {
+    **TABLE["gradient of slots"],
+    "16 bits": GRADIENT | {512: GRADIENT[512] | {80: Launch(16, 32, 512, 512, 8, 2)}},
+    "fp16": GRADIENT
+    | fitted(GRADIENT[128] | {86: Launch(32, 64, 128, 128, 8, 2), 90: Launch(64, 64, 128, 128, 8, 2)})
+    | {512: GRADIENT[512] | {80: Launch(16, 32, 512, 512, 8, 2)}},
 }
 
 

@@ -297,4 +297,7 @@ def negative_logsumexp_backward_(
             **how.options(),
         )
 
-    write(autotune.best("gradient of slots", x.device, dtype, dim, write))
+    kind = "gradient of slots"
+    if None not in (occupied, inverse):
+        kind += ", every option"
+    write(autotune.best(kind, x.device, dtype, dim, write))

@@ -29,9 +29,8 @@ IN_PARTS = launch.Launch(rows=16, slots=32, depth=32, columns=32, warps=4, stage
 def test_small_blocks(dtype: torch.dtype, options: str, how: launch.Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     from protomem_kernels.backends.triton.negative_logsumexp import negative_logsumexp, negative_logsumexp_backward_
 
-    small = dict.fromkeys(
-        ("stream", "stream with moment", "stream with moment, every option", "gradient of slots"), how
-    )
+    kinds = "stream with moment", "gradient of slots"
+    small = dict.fromkeys(["stream", *kinds, *(f"{kind}, every option" for kind in kinds)], how)
     small["reduction"] = launch.Launch(rows=8)
     choose = launch.choose
     monkeypatch.setattr(launch, "choose", lambda kind, *rest: small[kind] if kind in small else choose(kind, *rest))

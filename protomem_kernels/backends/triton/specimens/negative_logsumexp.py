@@ -27,7 +27,7 @@ def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     for name, options in _OPTIONS.items():
         for kind in ("stream", "stream with moment", "gradient of slots"):
             if kind != "stream" or _is_wide(dtype):
-                every = kind == "stream with moment" and name == "every option"
+                every = kind != "stream" and name == "every option"
                 how = launch.choose(f"{kind}, {name}" if every else kind, arch, dtype, dim)
                 found.append(large_specimen(kind, dtype, dim, how, f"{kind}, {name}", options))
     return found
