@@ -21,8 +21,8 @@ FAULTS = [
     ),
     Fault(
         "momentum survives a change of identity",
-        "losses.py",
-        "value.masked_fill_(mask, 0)",
+        "optimizers.py",
+        "state[name].masked_fill_(mask[:, None], value)",
         "pass",
         f"{T_LOSSES}::test_the_optimiser_steps_rows_that_stay_of_unit_length",
     ),
