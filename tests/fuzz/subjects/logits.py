@@ -15,7 +15,7 @@ from tests.fuzz.places import small, somewhere
 from tests.fuzz.subjects.bank import draw_bank
 from tests.fuzz.subjects.loss import slope, sure_samples
 from tests.fuzz.subjects.objective import draw_objective
-from tests.fuzz.verdict import Judge, Values, exact, require
+from tests.fuzz.verdict import Judge, Values, exact, require, scales_up
 
 
 def margin_softmax_logits(draw: Draw) -> None:
@@ -84,7 +84,8 @@ def margin_softmax_logits(draw: Draw) -> None:
         up = 4 * objective.scale * upstream.abs()
         if x.requires_grad:
             natural = up.sum(dim=1) / torch.where(size > 0, size, 1)
-            judge.close("margin_softmax_logits: gradient of embeddings", "x", x.grad, natural[:, None], sound[:, None])
+            rule, up_scaled = "margin_softmax_logits: gradient of embeddings", scales_up(upstream)
+            judge.close(rule, "x", x.grad, natural[:, None], sound[:, None], scaled_up=up_scaled)
         if w.requires_grad:
             size = lengths(clean.double()) if bank.normalize else torch.ones(len(clean), dtype=torch.float64)
             natural = up.sum(dim=0) / torch.where(size > 0, size, 1)

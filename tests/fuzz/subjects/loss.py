@@ -14,7 +14,7 @@ from tests.fuzz.oracles.softmax import Softmax, reduced, softmax
 from tests.fuzz.places import observing, small, somewhere
 from tests.fuzz.subjects.bank import BankCase, draw_bank
 from tests.fuzz.subjects.objective import Objective, draw_objective
-from tests.fuzz.verdict import Judge, Values, require
+from tests.fuzz.verdict import Judge, Values, require, scales_up
 
 
 def margin_softmax_loss(draw: Draw) -> None:
@@ -199,7 +199,8 @@ class LossCase:
         natural = up / torch.where(size > 0, size, 1) + (up if right.bound.penalty is not None else 0)
         rows = ~self.broken & (self.bank.embeddings.isfinite().all(dim=1) | ~self.counts)
         if x.requires_grad:
-            judge.close("margin_softmax_loss: gradient of embeddings", "x", x.grad, natural[:, None], rows[:, None])
+            rule, up_scaled = "margin_softmax_loss: gradient of embeddings", scales_up(upstream)
+            judge.close(rule, "x", x.grad, natural[:, None], rows[:, None], scaled_up=up_scaled)
             idle = x.grad[~self.counts]
             require("margin_softmax_loss: no gradient for ignored samples", not bool(idle.any()), f"{idle}")
         if w.requires_grad:

@@ -18,7 +18,7 @@ from tests.fuzz.places import small, somewhere
 from tests.fuzz.subjects.aggregate_prototypes import draw_weights
 from tests.fuzz.subjects.loss import slope, sure_samples
 from tests.fuzz.subjects.objective import draw_objective
-from tests.fuzz.verdict import Judge, Values, exact, require
+from tests.fuzz.verdict import Judge, Values, exact, require, scales_up
 
 
 def prototype_memory_loss(draw: Draw) -> None:
@@ -405,7 +405,7 @@ class StepCase:
         if self.right().bound.penalty is not None:
             natural = natural + 4 * self.objective.scale * self.upstream_total(upstream)
         grad = torch.zeros_like(x) if x.grad is None else x.grad
-        judge.close(rule, "x", grad, natural[:, None], in_parts=self.fresh)
+        judge.close(rule, "x", grad, natural[:, None], in_parts=self.fresh, scaled_up=scales_up(upstream))
 
     def heaviest(self) -> float:
         weights = self.batch.weighing(self.sound.double())
