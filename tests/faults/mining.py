@@ -5,7 +5,9 @@ from tests.faults.fault import Fault
 T_MINING = "tests/test_mining.py"
 
 FAULTS = [
-    Fault("CurricularFace's t not updated", "mining.py", "self._update(cosine, counts)", "pass", T_MINING),
+    Fault(
+        "CurricularFace's t not updated", "mining.py", "lambda: self._update(cosine, counts)", "lambda: None", T_MINING
+    ),
     Fault(
         "easy samples kept",
         "mining.py",
