@@ -17,7 +17,7 @@ from protomem_kernels.gpu_check.records import Lines, Record, merged, shown, wit
     [
         ('  File "/opt/x/lib/python3.11/site-packages/torch/a.py", line 3', '  File "a.py", line 3'),
         ("cannot open /home/alice", "cannot open "),
-        ("in /home/alice/work/kernels/b.cu(3)", "in b.cu(3)"),
+        ("in /srv/ann/kernels/b.cu(3)", "in b.cu(3)"),
         ("~/secret/place/c.py:1", "c.py:1"),
         ("tests/gpu/test_steps.py::test_it[a/b] at 3.2 TB/s, 1 / 2 and a//b", None),
         ("x = /tmp/q/d.so, y", "x = d.so, y"),
@@ -35,8 +35,8 @@ def test_names_of_the_machine_and_its_user_go(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_path_is_cut_before_the_text_is() -> None:
-    long = "/home/alice/work/" + "a" * 100 + "/b.py " + "x" * (records.LONGEST - 60)
-    assert "work" not in without_names(long)
+    long = "/srv/ann/" + "a" * 100 + "/b.py " + "x" * (records.LONGEST - 60)
+    assert "srv" not in without_names(long)
     assert len(without_names("y" * 9000)) == records.LONGEST
 
 
