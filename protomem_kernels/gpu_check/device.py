@@ -6,12 +6,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from protomem_kernels.backends.choice import BACKENDS
 
+Result = TypeVar("Result")
 STAND_IN = "PROTOMEM_GPU_STAND_IN"
 # The environment must not turn the check of a GPU into a check of something else.
 MISLEADING = ("TRITON_INTERPRET", STAND_IN, "PROTOMEM_SELF_CHECK", "CUDA_LAUNCH_BLOCKING")
@@ -59,6 +60,24 @@ def lost() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def captured(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """Capture ``step`` in a CUDA graph, after three runs that warm up.
+
+    Returns:
+        What replays it, and what the captured run returned: tensors that each replay writes anew.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 def median_ms(run: Callable[[], Any]) -> dict[str, Any]:

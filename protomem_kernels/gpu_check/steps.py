@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import protomem_kernels as pmk
 from protomem_kernels.backends.choice import explain
-from protomem_kernels.gpu_check.device import found, lost, median_ms, stands_in, synchronize
+from protomem_kernels.gpu_check.device import captured, found, lost, median_ms, stands_in, synchronize
 from protomem_kernels.gpu_check.processes import GO_ON_IN_A_NEW_ONE, Task
 from protomem_kernels.gpu_check.records import Record
 
@@ -114,18 +114,10 @@ def _kernels(record: Record, what: str, step: Callable[[], Any]) -> None:
 def _graph(record: Record, what: str, step: Callable[[], Any]) -> None:
     if stands_in():
         return record.write(what, None, "left out: a CPU has no CUDA graphs")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
     eager = step()[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, _ = step()
-    graph.replay()
+    replay, (loss, _) = captured(step)
+    replay()
     torch.cuda.synchronize()
     gap = abs(float(loss) - float(eager)) / max(1.0, abs(float(eager)))
-    figures = median_ms(graph.replay)
+    figures = median_ms(replay)
     record.write(what, gap <= 1e-2, f"{figures['ms']:.4g} ms, loss {gap:.2g} from the eager one", gap=gap, **figures)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from protomem_kernels.gpu_check import device
 from tests.ops.cases import GPU, ON_GPU
 
 DEVICE = GPU or "cuda"
@@ -42,13 +43,4 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         for _ in range(4):
             step()
         return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return device.captured(step)[0]
