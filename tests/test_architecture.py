@@ -42,7 +42,7 @@ BELOW: dict[str, set[str]] = {
     "recomputation": {"_torch"},
     "ops": {"backends", "distributed"},
     "distributed": {"types"},
-    "backends": {"rows", "identities", "types", "_switches", "_torch", "_warnings"},
+    "backends": {"rows", "identities", "types", "_files", "_switches", "_torch", "_warnings"},
     "identities": {"_checks"},
     "rows": {"types"},
     "types": {"_checks"},

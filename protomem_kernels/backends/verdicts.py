@@ -1,9 +1,7 @@
-"""What the self-check found, on disk: one JSON file for everything that a verdict depends on.
+"""What the self-check found, on disk (``_files.cache_folder``): one JSON file for all that a verdict depends on.
 
 A check that has begun is noted before it runs: a kernel that takes the process along has a verdict too. What cannot be
 written lasts as long as the process; what cannot be read is checked again.
-
-``PROTOMEM_CACHE_DIR``: the folder. Default: ``protomem_kernels`` in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -20,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from protomem_kernels._files import cache_folder, written_whole
 
 PACKAGE = Path(__file__).parents[1]
 ENDED = "the process that checked it ended in the middle of the check"
@@ -73,12 +73,6 @@ def remembered(device: torch.device) -> list[Verdict]:
     return [_verdict(name, device, reason) for name, reason in sorted(_read(device)["verdicts"].items())]
 
 
-def cache_folder() -> Path:
-    """Return the folder of what is remembered between processes."""
-    chosen = os.environ.get("PROTOMEM_CACHE_DIR")
-    return Path(chosen or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / ("" if chosen else PACKAGE.name)
-
-
 @functools.cache
 def conditions(device: torch.device) -> Mapping[str, str]:
     """Return everything that a verdict depends on."""
@@ -126,9 +120,8 @@ def _update(device: torch.device, change: Any) -> None:
     with contextlib.suppress(OSError, RuntimeError), _alone_at(_file(device)) as file:
         content = _read(device)
         change(content)
-        new = file.with_suffix(f".{os.getpid()}.new")
-        new.write_text(json.dumps({"for": conditions(device), **content}, indent=1) + "\n", encoding="utf-8")
-        new.replace(file)
+        with written_whole(file) as new:
+            new.write_text(json.dumps({"for": conditions(device), **content}, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from protomem_kernels._files import written_whole
+
 LONGEST = 2000  # characters of a text: the end of it, where errors stand
 FORMAT = {"format": "protomem-gpu-check", "version": 2}
 # An absolute path: its last part says enough. Not after a letter or a dot, where a slash is a relative path or "per".
@@ -138,9 +140,5 @@ def merged(lines: list[dict[str, Any]], complete: bool) -> dict[str, Any]:
 
 def write_whole(file: Path, content: dict[str, Any]) -> None:
     """Write JSON so that whoever reads the file finds the old one or the new one."""
-    new = file.with_name(f".writing-{os.getpid()}-{file.name}")
-    try:
+    with written_whole(file) as new:
         new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)

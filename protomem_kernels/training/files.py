@@ -1,35 +1,30 @@
-"""Files that are either whole or not there: written beside their place, then moved into it."""
+"""A run's files, either whole or not there: what cannot be written ends the run in one line."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from protomem_kernels import _files
 from protomem_kernels.training.errors import RunError
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``, which takes its place when the block ends well.
+    """Yield a temporary path as ``_files.written_whole`` does.
 
-    Whoever reads ``path``, at whatever moment, finds the old file or the new one, even if this process is killed. A
-    block that raises leaves nothing behind.
+    Raises:
+        RunError: it cannot be written.
     """
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _files.written_whole(path) as temporary:
+            yield temporary
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written in ``folder``."""
-    for leftover in folder.glob(".writing-*"):
+    for leftover in folder.glob(f"{_files.WRITING}*"):
         leftover.unlink(missing_ok=True)

@@ -1,15 +1,14 @@
 """Launch parameters by trial, on request: ``PROTOMEM_AUTOTUNE=1`` times variants of the table's entry at first use.
 
-What was fastest is kept in a file, one per version of this package, version of Triton and device, in the folder
-``PROTOMEM_CACHE_DIR`` or else ``~/.cache/protomem_kernels``: each shape bucket (kernel, dtype, padded D) is timed once
-on a machine. A file that cannot be read is ignored with a warning and written anew; it is replaced in one step, so
-processes that tune at the same time do no harm. Timing waits for the device: leave it off while a graph is captured.
+What was fastest is kept in a file, one per version of this package, version of Triton and device, in
+``_files.cache_folder``: each shape bucket (kernel, dtype, padded D) is timed once on a machine. A file that cannot be
+read is ignored with a warning and written anew; it is replaced in one step, so processes that tune at the same time do
+no harm. Timing waits for the device: leave it off while a graph is captured.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from protomem_kernels._files import cache_folder, written_whole
 from protomem_kernels._switches import is_on
 from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends.triton import launch
@@ -54,10 +54,9 @@ def best(kind: str, device: torch.device, dtype: torch.dtype, dim: int, run: Cal
 
 def cache_file(device: torch.device) -> Path:
     """Return the file that holds what was found on this device with these versions."""
-    folder = os.environ.get("PROTOMEM_CACHE_DIR") or Path.home() / ".cache" / "protomem_kernels"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     parts = ["launch", version("protomem-kernels"), f"triton {version('triton')}", name]
-    return Path(folder) / (re.sub(r"[^\w.]+", "_", "-".join(parts)) + ".json")
+    return cache_folder() / (re.sub(r"[^\w.]+", "_", "-".join(parts)) + ".json")
 
 
 def variants(table: Launch) -> Iterator[Launch]:
@@ -115,10 +114,9 @@ def _launch(fields: dict[str, Any]) -> Launch:
 
 def _write(file: Path, entries: dict[str, Launch]) -> None:
     """Replace the file in one step."""
-    part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({bucket: how._asdict() for bucket, how in entries.items()}, indent=1))
-        os.replace(part, file)
+        with written_whole(file) as part:
+            part.write_text(json.dumps({bucket: how._asdict() for bucket, how in entries.items()}, indent=1))
     except OSError as problem:
         warn_caller(f"launch parameters were not kept in {file}: {problem}")
