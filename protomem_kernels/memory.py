@@ -12,7 +12,7 @@ from protomem_kernels._checks import as_labels, check_batch, check_choice, check
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops import aggregate_prototypes, hardest_negatives
 from protomem_kernels.ops.enqueue import POLICIES, enqueue_keeping_previous_
-from protomem_kernels.recomputation import Replay, versions
+from protomem_kernels.recomputation import Replay, version
 from protomem_kernels.rows import normalize_rows_
 from protomem_kernels.state import StatefulModule
 from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
@@ -279,17 +279,14 @@ class PrototypeMemory(StatefulModule):
     def _note_identities(self) -> None:
         """Remember which identities are this memory's own work, or were validated."""
         if not torch.compiler.is_compiling():
-            self._known = self.identities, versions([self.identities])[0]
+            self._known = self.identities, version(self.identities)
 
     def _validate_foreign_state(self) -> None:
         """Validate the state if something else has written the identities; otherwise two comparisons."""
         if torch.compiler.is_compiling() or self.identities.is_meta:
             return
-        if (
-            self._known is None
-            or self._known[0] is not self.identities
-            or self._known[1] != versions([self.identities])[0]
-        ):
+        tensor, written = self._known or (None, 0)
+        if tensor is not self.identities or written != version(tensor):
             self.state.validate("memory")
             self._note_identities()
 

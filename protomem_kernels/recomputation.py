@@ -54,14 +54,16 @@ class Replay(Generic[Result]):
         if torch.compiler.is_compiling():
             return move()
         if within_backward():
-            if self._inputs is None or self._versions != versions(state) or not _same(self._inputs, inputs):
+            written_since = self._versions != [version(tensor) for tensor in state]
+            if self._inputs is None or written_since or not _same(self._inputs, inputs):
                 raise RuntimeError(
                     f"{self.what} is recomputed within a backward pass (torch.utils.checkpoint), but has moved on "
                     f"since the step that is recomputed. {WAY_OUT}"
                 )
             return self._result
         self._result = move()
-        self._inputs, self._versions = [tensor.detach() for tensor in inputs], versions(state)
+        self._inputs = [tensor.detach() for tensor in inputs]
+        self._versions = [version(tensor) for tensor in state]
         return self._result
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,9 +71,9 @@ class Replay(Generic[Result]):
         return Replay, (self.what,)
 
 
-def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor was written; -1 for those of inference mode, which do not count."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written; -1 for one of inference mode, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _same(kept: Sequence[Tensor], again: Sequence[Tensor]) -> bool:
