@@ -446,6 +446,19 @@ class ElasticFace(StatefulModule, Margin):
         """Apply the margin to (B,) cosines of embeddings with these norms (B,)."""
         return self.bind(embedding_norm)(target_cosine)
 
+    def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise if the generator's state is none of such a generator's."""
+        super().check_state_dict(state_dict, prefix)
+        state = state_dict.get(prefix + "generator_state")
+        if self.generator is not None and prefix + "generator_state" in state_dict:
+            ours = self.generator.get_state()
+            if not isinstance(state, Tensor) or state.dtype != ours.dtype or state.shape != ours.shape:
+                came = f"{tuple(state.shape)} of {state.dtype}" if isinstance(state, Tensor) else type(state).__name__
+                raise RuntimeError(
+                    f"state_dict holds no state of ElasticFace: generator_state must be {tuple(ours.shape)} of "
+                    f"{ours.dtype}, a generator's on {self.generator.device}, got {came}"
+                )
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.generator is not None:

@@ -317,6 +317,13 @@ def test_the_generators_state_is_asked_for_and_only_where_there_is_one():
     assert not [key for key in plain.state_dict() if key.startswith("margin")]
     with pytest.raises(RuntimeError, match=r"Missing key.*margin\.generator_state"):
         elastic().load_state_dict(plain.state_dict())
+    loss_fn = elastic()
+    for wrong in (None, torch.zeros(3), torch.zeros(3, dtype=torch.uint8)):
+        before, other = oracles.snapshot(loss_fn), elastic()
+        other(*batch())
+        with pytest.raises(RuntimeError, match=r"generator_state must be \(\d+,\) of torch.uint8.* got"):
+            loss_fn.load_state_dict({**other.state_dict(), "margin.generator_state": wrong})
+        assert oracles.same(before, loss_fn.state_dict())
     margin = ElasticFace(generator=torch.Generator().manual_seed(5))
     first = margin(torch.zeros(4), torch.ones(4))
     margin.reset_parameters()
