@@ -15,9 +15,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& prototypes, co
   const int64_t B = x.size(0), D = x.size(1), M = prototypes.size(0);
   STD_TORCH_CHECK(k < (int64_t{1} << 31) / group_slots, "k must be less than 2^24, got ", k);
   Tensor cosines = empty(x, {B, k}, ScalarType::Float), slots = empty(x, {B, k}, ScalarType::Long);
-  if (B == 0 || M == 0) {
-    torch::stable::fill_(cosines, -std::numeric_limits<double>::infinity());
-    torch::stable::fill_(slots, -1);
+  if (B == 0) return {cosines, slots};
+  if (M == 0) {  // nothing to choose from; a broken embedding is told from the others all the same
+    HardestResult result;
+    result.dim = static_cast<int>(D);
+    result.k = static_cast<int>(k);
+    result.x = rows_of<float>(x);
+    result.cosines_ptr = data<float>(cosines);
+    result.slots_ptr = data<int64_t>(slots);
+    LAUNCH(hardest_result_kernel, blocks(B, 1), selection_threads, 0, device.stream(), result);
     return {cosines, slots};
   }
   const int64_t groups = (M + group_slots - 1) / group_slots, chosen = std::min(k, groups), found = std::min(k, M);

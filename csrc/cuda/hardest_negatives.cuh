@@ -222,7 +222,7 @@ void hardest_result_kernel(HardestResult args) {
     sound = sound && std::isfinite(args.x(i, column));
   }
   const bool broken = __syncthreads_or(!sound) != 0;
-  select_largest(values, width, args.found, columns);
+  if (args.found > 0) select_largest(values, width, args.found, columns);  // the whole block, or none of it
   __syncthreads();
   for (int own = threadIdx.x; own < args.k; own += selection_threads) {
     int place = own;

@@ -28,6 +28,17 @@ def model(cosines: Tensor, targets: Tensor, occupied: Tensor | None, k: int) -> 
 
 
 @each_backend
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_broken_embedding_is_told_even_where_there_is_nothing_to_find(backend: str, normalize: bool) -> None:
+    x = torch.tensor([[math.nan, 1.0], [1.0, 0.0], [math.inf, 0.0]])
+    with pmk.use_backend(backend):
+        cosines, slots = pmk.hardest_negatives(x, torch.zeros(0, 2), k=2, normalize_prototypes=normalize)
+    assert cosines.isnan().tolist() == [[True] * 2, [False] * 2, [True] * 2]
+    assert cosines[1].tolist() == [-math.inf] * 2
+    assert slots.tolist() == [[-1] * 2] * 3
+
+
+@each_backend
 @each_dtype
 @each_shape
 @pytest.mark.parametrize("k", [1, 6])
