@@ -110,8 +110,8 @@ def check(operator: str, kernel: Kernel, reference: Kernel, dtype: torch.dtype, 
         try:
             with torch.no_grad(), _on(device):
                 for number, args in enumerate(PROBLEMS[operator](dtype)):
-                    placed = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
-                    wanted, got = _outcome(reference, placed), _outcome(kernel, placed)
+                    there = placed(args, device)
+                    wanted, got = outcome(reference, there), outcome(kernel, there)
                     wrong = difference(got, wanted, dtype)
                     if wrong is not None:
                         said.append(f"in problem {number} of the self-check {wrong}")
@@ -147,7 +147,12 @@ def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dty
     return None
 
 
-def _outcome(kernel: Kernel, args: Sequence[Any]) -> list[Tensor]:
+def placed(args: Sequence[Any], device: torch.device) -> list[Any]:
+    """Return a problem's arguments on the device."""
+    return [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def outcome(kernel: Kernel, args: Sequence[Any]) -> list[Tensor]:
     """Return what a kernel returns and what it leaves in its arguments, copies of them."""
     copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
     results = kernel(*copies)

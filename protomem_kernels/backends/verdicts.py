@@ -13,13 +13,13 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from protomem_kernels._files import cache_folder, written_whole
+from protomem_kernels._installed import version_of
 
 PACKAGE = Path(__file__).parents[1]
 ENDED = "the process that checked it ended in the middle of the check"
@@ -76,16 +76,12 @@ def remembered(device: torch.device) -> list[Verdict]:
 @functools.cache
 def conditions(device: torch.device) -> Mapping[str, str]:
     """Return everything that a verdict depends on."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
     driver = Path("/proc/driver/nvidia/version")
     on_cuda = device.type == "cuda"
     return {
         "sources": _hash_of_sources(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": version_of("triton") or "",
         "driver": driver.read_text(encoding="utf-8").strip() if driver.exists() else "",
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if on_cuda else device.type,

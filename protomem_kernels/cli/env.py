@@ -8,13 +8,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import protomem_kernels as pmk
+from protomem_kernels._installed import version_of
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.verdicts import remembered
 
@@ -52,17 +52,10 @@ def _versions() -> list[tuple[str, str]]:
     return [
         ("protomem_kernels", pmk.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        *((package, _version_of(package)) for package in PACKAGES),
+        *((package, version_of(package) or "not installed") for package in PACKAGES),
         ("GPU", ", ".join(names) or "none"),
         ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
     ]
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _backends() -> list[tuple[str, str, str]]:

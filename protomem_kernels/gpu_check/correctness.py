@@ -18,6 +18,7 @@ from torch import Tensor
 from protomem_kernels.backends import self_check
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.operators import OPERATORS, PROBLEMS
+from protomem_kernels.backends.self_check import outcome, placed
 from protomem_kernels.gpu_check.device import backends, found, lost, stands_in, synchronize
 from protomem_kernels.gpu_check.processes import Task
 from protomem_kernels.gpu_check.records import Record
@@ -67,7 +68,7 @@ def run(record: Record, name: str, first: int, checkout: Path) -> None:
             for number, args in enumerate(PROBLEMS[operator](dtype)):
                 what = f"{name}, seed {seed}, problem {number}"
                 record.begin(what)
-                refused = BACKENDS[backend].refuses(operator, _tensors(place(args, device)))
+                refused = BACKENDS[backend].refuses(operator, _tensors(placed(args, device)))
                 if refused is not None:
                     return record.write(name, None, f"refused: {refused}")
                 problems += 1
@@ -108,7 +109,7 @@ def judge(
     peer = outcome(definition, list(args))
     nudged = outcome(definition, _nudged(args, ROUNDINGS * torch.finfo(accumulation_dtype(dtype)).eps))
     with torch.no_grad():
-        ours = outcome(kernel, place(args, device))
+        ours = outcome(kernel, placed(args, device))
         synchronize()
     if len(ours) != len(truth):
         return [Judgement(0, 0, 0, f"{len(ours)} results, not {len(truth)}")]
@@ -149,19 +150,6 @@ def _error(ours: Tensor, truth: Tensor) -> float:
     a, b = ours.double(), truth.double()
     same = (a == b) | (a.isnan() & b.isnan())
     return float(torch.where(same, 0, (a - b).abs()).nan_to_num(nan=float("inf")).max())
-
-
-def outcome(kernel: Any, args: Sequence[Any]) -> list[Tensor]:
-    """Return what a kernel returns and what it leaves in its arguments, copies of them."""
-    copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    results = kernel(*copies)
-    results = () if results is None else (results,) if isinstance(results, Tensor) else results
-    return [*results, *_tensors(copies)]
-
-
-def place(args: Sequence[Any], device: torch.device) -> list[Any]:
-    """Return arguments on the device."""
-    return [arg.to(device) if isinstance(arg, Tensor) else arg for arg in args]
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import protomem_kernels as pmk
+from protomem_kernels._installed import version_of
 from protomem_kernels.backends.choice import BACKENDS, explain
 from protomem_kernels.backends.operators import FUNCTIONS, OPERATORS
 from protomem_kernels.backends.verdicts import remembered
@@ -53,13 +53,6 @@ def said(command: list[str], folder: Path | None = None) -> str:
         return ""
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _versions(record: Record, checkout: Path) -> None:
     commit = said(["git", "rev-parse", "HEAD"], checkout)
     changed = len(said(["git", "status", "--porcelain"], checkout).splitlines())
@@ -73,7 +66,7 @@ def _versions(record: Record, checkout: Path) -> None:
         torch=torch.__version__,
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version_of(name) for name in PACKAGES},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=os.cpu_count(),

@@ -12,7 +12,7 @@ import torch
 
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.operators import PROBLEMS
-from protomem_kernels.gpu_check.correctness import outcome, place
+from protomem_kernels.backends.self_check import outcome, placed
 from protomem_kernels.gpu_check.device import found, stands_in, synchronize
 from protomem_kernels.ops.problems import SIZES, drawn
 
@@ -37,7 +37,7 @@ def main(backend: str, size: str) -> None:
         with drawn(0, LARGE if size == "large" and not stands_in() else SIZES), torch.no_grad():
             for dtype in DTYPES[size]:
                 for args in problems(dtype):
-                    outcome(kernel, place(args, device))
+                    outcome(kernel, placed(args, device))
                     synchronize()
 
 
