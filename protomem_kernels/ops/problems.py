@@ -1,6 +1,7 @@
 """Small fixed problems that a GPU's kernels have to solve before they serve: what the operators' problems share.
 
-Odd sizes and whole tiles, one sample alone, an ignored sample, empty slots; the same numbers on every machine.
+Odd sizes and whole tiles, one sample alone, an ignored sample, empty slots, one slot alone, so that a sample has no
+negative and its sum is -inf; the same numbers on every machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from protomem_kernels.rows import accumulation_dtype, unit_rows
 
-SIZES = [(1, 5, 16), (13, 131, 37), (80, 300, 64)]  # (B, M, D)
+SIZES = [(1, 5, 16), (13, 131, 37), (80, 300, 64), (2, 1, 16)]  # (B, M, D)
 SCALE = 8.0  # so that no single negative decides the sum
 Size = tuple[int, int, int]
 _drawn: tuple[int, Sequence[Size]] = (0, SIZES)  # the first seed, and the sizes

@@ -28,7 +28,7 @@ from protomem_kernels.gpu_check import (
 )
 from protomem_kernels.gpu_check.correctness import judge
 from protomem_kernels.gpu_check.plan import PARTS
-from protomem_kernels.ops.problems import drawn
+from protomem_kernels.ops.problems import SIZES, drawn
 
 CPU, REFERENCE = torch.device("cpu"), BACKENDS["reference"]
 FAST = "cpu" if BACKENDS["cpu"].unavailable() is None else "reference"
@@ -103,7 +103,7 @@ def test_a_wrong_index_and_a_lost_write_are_found() -> None:
 def test_a_task_writes_what_it_finds(stand_in: None, recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     record, lines = recorded("correctness")
     correctness.run(record, "hardest_negatives reference bfloat16", 0, Path())
-    assert [line["ok"] for line in lines()] == [True] * 7
+    assert [line["ok"] for line in lines()] == [True] * (2 * len(SIZES) + 1)
     assert lines()[-1]["said"].startswith("6 problems, 0 wrong; worst error")
 
     def broken(*args: Any) -> Any:
