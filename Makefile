@@ -24,7 +24,9 @@ train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
 
 # Threads that wait give way: there are as many processes as cores, and spinning ones cost each of them half its time.
-PYTEST   := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+# numpy's, which multiply for Triton's interpreter, do not know how to wait: there each process has one.
+THREADS  := OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1
+PYTEST   := $(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 # What the tests need is made side by side: while nvcc is at its last, longest file, the other core has the rest to do.
 # The output stays in order where make can do that (4.0 and later). What is timed runs alone.
 TOGETHER := -j 4 $(if $(filter output-sync,$(.FEATURES)),--output-sync)
@@ -54,8 +56,7 @@ triton: $(BUILT)
 # kernels; the result goes into docs/triton.md. TRITON=3.5 tries another one.
 TRITON ?= 3.6
 OTHER_TRITON := build/triton-$(TRITON)
-OTHER_PYTEST := TRITON_CACHE_DIR=$(OTHER_TRITON)/cache OMP_WAIT_POLICY=passive \
-    $(OTHER_TRITON)/bin/python -m pytest -n 2 --dist worksteal --no-cov -p no:cacheprovider
+OTHER_PYTEST := TRITON_CACHE_DIR=$(OTHER_TRITON)/cache $(THREADS) $(OTHER_TRITON)/bin/python -m pytest -n 2 --dist worksteal --no-cov -p no:cacheprovider
 triton-versions: $(BUILT) $(OTHER_TRITON)/.ready
 	$(OTHER_PYTEST) tests/backends/triton tests/benchmarks/static $(ARGS)
 	TRITON_INTERPRET=1 $(OTHER_PYTEST) -m "triton and not timing" $(ARGS)

@@ -22,6 +22,7 @@ IGNORE = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis", "_C*")
 PRELOADED = ("torch", "torch.testing", "pytest", "hypothesis", "hypothesis.strategies")
 ENVIRONMENT = (
     ("OMP_NUM_THREADS", "1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
     ("PROTOMEM_MUTANT", "1"),
     ("PROTOMEM_DISABLE_COMPILED", "1"),  # the faults are in Python: the reference has to serve
 )

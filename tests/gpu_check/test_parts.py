@@ -104,7 +104,7 @@ def test_a_task_writes_what_it_finds(stand_in: None, recorded: Any, monkeypatch:
     record, lines = recorded("correctness")
     correctness.run(record, "hardest_negatives reference bfloat16", 0, Path())
     assert [line["ok"] for line in lines()] == [True] * (2 * len(SIZES) + 1)
-    assert lines()[-1]["said"].startswith("6 problems, 0 wrong; worst error")
+    assert lines()[-1]["said"].startswith(f"{2 * len(SIZES)} problems, 0 wrong; worst error")
 
     def broken(*args: Any) -> Any:
         raise RuntimeError("misaligned address")

@@ -13,9 +13,20 @@ import pytest
 from protomem_kernels.training import checkpoints, faces, loop, steps
 from protomem_kernels.training.config import config_from, read_toml
 from protomem_kernels.training.errors import RunError
-from protomem_kernels.training.stopping import RunStopped, StopSignals
+from protomem_kernels.training.stopping import ASKING, RunStopped, StopSignals
 from tests.training import killed
 from tests.training.running import assert_refused, figures, protomem, train
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Let signals ask, also where what started the tests has them ignored, as a shell has SIGINT in the background."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    for number in ASKING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def advance_and(monkeypatch, step, do):
