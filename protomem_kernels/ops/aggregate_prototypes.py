@@ -143,7 +143,8 @@ def _backward_problems(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for embeddings, labels, weights, normalize, rows in _problems(dtype):
         prototypes, _, index, mass, norm = aggregate(embeddings, labels, weights, normalize, rows)
         grad = prototypes.roll(1, dims=1)
-        yield grad, 0.1 * mass, embeddings, weights, index, prototypes, mass, norm, normalize
+        grad_mass = torch.cos(torch.arange(len(mass), dtype=mass.dtype))  # beside what cancels where an image is alone
+        yield grad, grad_mass, embeddings, weights, index, prototypes, mass, norm, normalize
 
 
 register(
