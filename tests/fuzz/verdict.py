@@ -100,7 +100,8 @@ class Judge:
             off = (rival[name].detach().double() - truth).abs() / scale
             spread = max(spread, float(torch.where(counts & off.isfinite(), off, 0).max()))
         size = torch.where(counts, truth.abs(), 0)
-        rounding = 2 * kind.eps * (scale if in_parts else size) if kind.eps > self.eps else 0
+        rounded = torch.maximum(scale, size) if in_parts else size
+        rounding = 2 * kind.eps * rounded if kind.eps > self.eps else 0
         floor = kind.tiny if ours.dtype != torch.float16 else kind.smallest_normal * kind.eps
         allowed = scale * (2 * spread + 32 * self.eps) + rounding + floor
         wrong = counts & ((value - truth).abs() > allowed)
