@@ -53,16 +53,18 @@ triton: $(BUILT)
 
 # The same kernels under the Triton that an older torch brings along (torch 2.11 has 3.6), beside the torch of .venv:
 # compiled as shipped and for every kind of argument, then in the interpreter. Some ten minutes, once per change of
-# kernels; the result goes into docs/triton.md. TRITON=3.5 tries another one.
+# kernels; the result goes into docs/triton.md. TRITON=3.5 tries another one. Older interpreters take an array of one
+# number for that number, which numpy 2.4 refuses and those before it call deprecated.
 TRITON ?= 3.6
 OTHER_TRITON := build/triton-$(TRITON)
-OTHER_PYTEST := TRITON_CACHE_DIR=$(OTHER_TRITON)/cache $(THREADS) $(OTHER_TRITON)/bin/python -m pytest -n 2 --dist worksteal --no-cov -p no:cacheprovider
+OTHER_PYTEST := TRITON_CACHE_DIR=$(OTHER_TRITON)/cache $(THREADS) $(OTHER_TRITON)/bin/python -m pytest -n 2 --dist worksteal \
+    --no-cov -p no:cacheprovider -W "ignore:Conversion of an array:DeprecationWarning"
 triton-versions: $(BUILT) $(OTHER_TRITON)/.ready
 	$(OTHER_PYTEST) tests/backends/triton tests/benchmarks/static $(ARGS)
 	TRITON_INTERPRET=1 $(OTHER_PYTEST) -m "triton and not timing" $(ARGS)
 $(OTHER_TRITON)/.ready:
 	$(BIN)/python -m venv --without-pip $(OTHER_TRITON)
-	$(BIN)/python -m pip --python $(OTHER_TRITON)/bin/python install --quiet --disable-pip-version-check --no-deps 'triton==$(TRITON).*'
+	$(BIN)/python -m pip --python $(OTHER_TRITON)/bin/python install --quiet --disable-pip-version-check --no-deps 'triton==$(TRITON).*' 'numpy<2.4'
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 	    >$$($(OTHER_TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
 	touch $(OTHER_TRITON)/.ready

@@ -190,18 +190,18 @@ inline void store_gradients(const AggregateBackwardArgs& a, int64_t sample, cons
   store_at(a.grad_weights, sample, counts ? grad_weight : T{0});
 }
 
-// One identity c and its samples. `buffer` has room for three rows.
+// One identity c and its samples. `buffer` has room for four rows.
 template <class T>
 inline void aggregate_one_backward(const AggregateBackwardArgs& a, int64_t c, const int64_t* begin, const int64_t* end,
                                    T* buffer) {
   const int64_t dim = a.embeddings.cols;
-  T *tangent = buffer, *sample_buffer = buffer + dim, *grad_buffer = buffer + 2 * dim;
+  T *tangent = buffer, *across = buffer + dim, *sample_buffer = buffer + 2 * dim, *grad_buffer = buffer + 3 * dim;
   const T norm = floating_at<T>(a.norm, c), grad_mass = floating_at<T>(a.grad_mass, c);
   const bool weighted = floating_at<T>(a.mass, c) > 0;
   if (norm > 0) {
     const T *grad = row_as(a.grad_prototypes, c, sample_buffer), *prototype = row_as(a.prototypes, c, grad_buffer);
-    combine(tangent, T(1), grad, -dot(grad, prototype, dim), prototype, dim);
-    divide(tangent, norm, dim);  // one over it may leave the range
+    combine(across, T(1), grad, -dot(grad, prototype, dim), prototype, dim);
+    for (int64_t d = 0; d < dim; d++) tangent[d] = across[d] / norm;  // one over it may leave the range
   }
   for (const int64_t* i = begin; i < end; i++) {
     T* const in_place = row_in_place<T>(a.grad_embeddings, *i);
@@ -212,14 +212,14 @@ inline void aggregate_one_backward(const AggregateBackwardArgs& a, int64_t c, co
       fill(to, T{0}, dim);
     } else if (a.normalize) {
       const Direction<T> x = direction_of(row_as(a.embeddings, *i, sample_buffer), dim, sample_buffer);
-      along = dot(tangent, x.values, dim) * x.scale;
+      along = dot(across, x.values, dim) * x.scale / norm;
       const T factor = x.length > 0 ? weight : 0;
       const bool in_range = x.length >= std::numeric_limits<T>::min();  // one over it is
       const T inverse = in_range ? 1 / x.length : T(1);
       combine(to, factor * inverse, tangent, -factor * inverse * along * x.scale, x.values, dim);
       if (!in_range && factor > 0) divide(to, x.length, dim);
     } else {
-      along = dot(tangent, row_as(a.embeddings, *i, sample_buffer), dim);
+      along = dot(across, row_as(a.embeddings, *i, sample_buffer), dim) / norm;  // what this leaves has one sign
       scale_into(to, weight, tangent, dim);
     }
     store_gradients(a, *i, to, grad_mass + (weighted ? along : 0));
@@ -233,7 +233,7 @@ inline void aggregate_backward_in(const AggregateBackwardArgs& a, const Parallel
   Groups groups(scratch.get(), batch);
   group_samples(a.index, groups);
   each_group(
-      parallel, groups.count, batch, dim, [&] { return Buffer<T>(3 * dim); },
+      parallel, groups.count, batch, dim, [&] { return Buffer<T>(4 * dim); },
       [&](const Buffer<T>& buffer, int64_t g) {
         aggregate_one_backward(a, groups.identities[g], groups.order + groups.starts[g],
                                groups.order + groups.starts[g + 1], buffer.get());

@@ -200,6 +200,23 @@ def test_no_length_and_no_weight_is_too_large_or_too_small(backend: str, normali
 
 
 @each_backend
+def test_a_weights_gradient_beyond_the_range_has_a_sign(backend: str) -> None:
+    """A huge image that counts for nothing beside a tiny one: x_i . u_c is in range, x_i / |m_c| is not."""
+    e = torch.tensor([[3e19, 4e19, 1e19], [3e-20, 1e-20, 2e-20]])
+    upstream = torch.tensor([[1.0, -2.0, 0.5]])
+    for dtype in (torch.float32, torch.float16):  # what has left float32 is not brought back into float16
+        weights = torch.tensor([0.0, 5e-4]).to(dtype).requires_grad_()
+        with pmk.use_backend(backend):
+            made = pmk.aggregate_prototypes(e, torch.tensor([7, 7]), weights, normalize=False, max_identities=1)
+            (grad,) = torch.autograd.grad(made.prototypes, weights, upstream)
+        p = e[1].double() / e[1].double().norm()
+        across = upstream[0].double() - (upstream[0].double() @ p) * p
+        assert e[0].double() @ across / (5e-4 * e[1].double().norm()) < -1e40
+        assert grad[0] == -torch.inf
+        assert abs(grad[1]) < 1e-2  # what is along the sum alone turns nothing
+
+
+@each_backend
 def test_float16_gradients_stay_in_range(backend: str) -> None:
     e = torch.tensor([[6e-6, -3e-6], [1.0, 2.0], [1e-5, 1e-5]]).half().requires_grad_()
     weights = torch.tensor([1.0, 1.0, 6e-8]).half().requires_grad_()

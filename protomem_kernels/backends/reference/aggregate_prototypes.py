@@ -84,7 +84,8 @@ def aggregate_prototypes_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``embeddings`` (B, D) and of the weights (B,).
 
-    dm_c = (g_c - (g_c . p_c) p_c) / |m_c|;  dx_i = q_i dm_c;  dq_i = x_i . dm_c + dmass_c;
+    With u_c = g_c - (g_c . p_c) p_c: dm_c = u_c / |m_c|;  dx_i = q_i dm_c;  dq_i = x_i . u_c / |m_c| + dmass_c,
+    in this order, since entries of x_i / |m_c| may leave the range with either sign;
     through the normalisation: de_i = (dx_i - (dx_i . x_i) x_i) / |e_i|. A zero row passes nothing.
     """
     dtype = accumulation_dtype(embeddings.dtype)
@@ -95,12 +96,16 @@ def aggregate_prototypes_backward(
     q = torch.where(weighted, given, 1)
 
     along = (grad_prototypes * prototypes).sum(dim=1, keepdim=True)
-    grad_total = (grad_prototypes - along * prototypes) / torch.where(norm > 0, norm, 1)[:, None]
-    lives = (take(norm, index) > 0)[:, None]  # also keeps non-finite embeddings of zero rows out of what follows
+    across = grad_prototypes - along * prototypes
+    total = take(norm, index)[:, None]
+    lives = total > 0  # also keeps non-finite embeddings of zero rows out of what follows
+    total = torch.where(lives, total, 1)
     x = torch.where(lives, x, 0)
-    grad_sum = torch.where(lives, take(grad_total, index), 0)
+    across = torch.where(lives, take(across, index), 0)
+    grad_sum = across / total
 
-    grad_weights = torch.where(weighted, (x * grad_sum).sum(dim=1), 0) + take(grad_mass, index)
+    from_sum = (x * across).sum(dim=1) / total[:, 0]
+    grad_weights = torch.where(weighted, from_sum, 0) + take(grad_mass, index)
     if weights is not None:
         grad_weights = torch.where(torch.isfinite(weights) & (weights >= 0), grad_weights, 0)
         grad_weights = narrowed(grad_weights, weights.dtype)

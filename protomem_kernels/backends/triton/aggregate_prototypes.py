@@ -163,17 +163,19 @@ def backward_kernel(
 
     p = load_rows(prototypes_ptr, row, columns, stride_prototype, stride_prototype_column, lives, dim)
     g = load_rows(grad_prototypes_ptr, row, columns, stride_grad, stride_grad_column, lives, dim).to(dtype)
-    t = (g - tl.sum(g * p, axis=1)[:, None] * p) / tl.where(lives, norm, 1.0)[:, None]
+    length = tl.where(lives, norm, 1.0)
+    u = g - tl.sum(g * p, axis=1)[:, None] * p
+    t = u / length[:, None]
     e = load_rows(embeddings_ptr, samples, columns, stride_embedding, stride_column, lives, dim).to(dtype)
     weights = load_weights(weights_ptr, samples, stride_weight, inside, dtype)
     q = tl.where(mass > 0, weights, 1.0)
     if NORMALIZE:
         x, size_of_e = unit_rows(e)
-        along = tl.sum(x * t, axis=1)
+        along = tl.sum(x * u, axis=1) / length
         grad = q[:, None] * (t - along[:, None] * x)
         grad = tl.where((size_of_e > 0)[:, None], grad / tl.where(size_of_e > 0, size_of_e, 1.0)[:, None], 0.0)
     else:
-        along = tl.sum(e * t, axis=1)
+        along = tl.sum(e * u, axis=1) / length  # in this order: entries of e t may leave the range with either sign
         grad = q[:, None] * t
     out = samples.to(tl.int64)[:, None] * dim + columns[None, :]
     mask = inside[:, None] & (columns < dim)[None, :]

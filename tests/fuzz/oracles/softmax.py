@@ -46,7 +46,8 @@ def log_sum_exp(values: Tensor, which: Tensor) -> Tensor:
 def softplus(u: Tensor) -> Tensor:
     low = u == -math.inf
     v = torch.where(low, 0, u)
-    return torch.where(low, 0, v.clamp(min=0) + (-v.abs()).exp().log1p())
+    positive = torch.maximum(v, torch.zeros_like(v))  # whose slope at 0 is 1 / 2, where clamp has 1
+    return torch.where(low, 0, positive + (-v.abs()).exp().log1p())
 
 
 def softmax(
