@@ -87,7 +87,7 @@ class Judge:
             held = truth.abs() <= torch.finfo(torch.float32).max  # what has left the accumulation's range stays out
             out = beyond & held & ~value.isfinite()
             require(rule, not bool(out.any()), "infinite where float16 ends")
-        counts = counts & ~beyond
+        counts = counts & ~beyond & ~(truth.isnan() & ~natural.isfinite())  # the truth left float64 itself
         odd = counts & (value.isfinite() != truth.isfinite())
         if bool(odd.any()):
             raise BrokenRuleError(rule, f"finite in one alone, {_at(odd, ours, truth)}")

@@ -29,10 +29,24 @@ def angle(c: Tensor) -> Tensor:
     return c.clamp(-1, 1).acos() if not c.requires_grad else _acos(c)
 
 
+class _Arccos(torch.autograd.Function):
+    """arccos, with a derivative to the last bit near 1, where 1 - c^2 as PyTorch forms it has few digits left."""
+
+    @staticmethod
+    def forward(ctx: Any, c: Tensor) -> Tensor:
+        ctx.save_for_backward(c)
+        return c.acos()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (c,) = ctx.saved_tensors
+        return -grad / ((1 - c) * (1 + c)).sqrt()
+
+
 def _acos(c: Tensor) -> Tensor:
     inside = (1 - c * c) > 4 * torch.finfo(c.dtype).eps
     safe = torch.where(inside, c, 0)
-    return torch.where(inside, safe.acos(), c.detach().clamp(-1, 1).acos())
+    return torch.where(inside, _Arccos.apply(safe), c.detach().clamp(-1, 1).acos())
 
 
 def never(c: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ class LossCase:
         up = upstream.abs().expand(len(self.targets)) / (
             max(1, int(right.kept.sum())) if self.reduction == "mean" else 1
         )
-        up = torch.where(self.counts, up, 0) * (4 * self.objective.scale)
+        # A rounding of s h is one of e^(s h), s times as large.
+        up = torch.where(self.counts, up, 0) * (4 * self.objective.scale * (1 + self.objective.scale / 32))
         size = lengths(self.sound.double())
         natural = up / torch.where(size > 0, size, 1) + (up if right.bound.penalty is not None else 0)
         rows = ~self.broken & (self.bank.embeddings.isfinite().all(dim=1) | ~self.counts)
