@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 OLDEST = (2, 10)  # whose stable ABI the compiled parts use (TORCH_TARGET_VERSION)
 
@@ -93,3 +95,24 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return _NOTHING
+
+
+# Collectives on one tensor: since 2.13 by another name, under which the earlier one warns.
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
+def active_ddp() -> nn.parallel.DistributedDataParallel | None:
+    """Return the ``DistributedDataParallel`` whose forward pass this is called from, or None."""
+    return nn.parallel.DistributedDataParallel._active_ddp_module
+
+
+def ignored_by_ddp(ddp: nn.parallel.DistributedDataParallel) -> frozenset[str]:
+    """Return the names of the buffers and parameters that a ``DistributedDataParallel`` leaves alone."""
+    return frozenset(ddp.parameters_to_ignore)
+
+
+def leave_out_of_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Have a ``DistributedDataParallel`` built around ``model`` leave these alone, besides what it has to already."""
+    names = {*names, *getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
