@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from protomem_kernels._checks import check_choice, check_int
-from protomem_kernels._torch import without_autocast
+from protomem_kernels._checks import check_batch, check_choice, check_device, check_int, check_number
+from protomem_kernels._torch import active_ddp, without_autocast
+from protomem_kernels.distributed.agreement import Agreement, described
+from protomem_kernels.distributed.batch import (
+    ONE_RANK,
+    Batch,
+    SharedRows,
+    gather_batch,
+    largest,
+    overflow_shared,
+)
+from protomem_kernels.distributed.data_parallel import OwnedByRank, refuse_unprepared
+from protomem_kernels.distributed.ranks import Ranks, hand_ranks, ranks_of
+from protomem_kernels.identities import find_slots
 from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax
-from protomem_kernels.memory import PrototypeMemory, sample_slots
+from protomem_kernels.memory import PrototypeMemory, batch_options, sample_slots
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective, loss_over_banks, margin_softmax_loss
 from protomem_kernels.ops import hardest_negatives
+from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
-from protomem_kernels.rows import normalize_rows_, refreshed_rows, widened_for_loss
+from protomem_kernels.rows import accumulation_dtype, normalize_rows_, refreshed_rows, widened_for_loss
+from protomem_kernels.shards import ShardedBanks
 from protomem_kernels.state import check_parts
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
@@ -24,14 +40,14 @@ PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
 
 
 class PrototypeMemoryStats(NamedTuple):
-    """What one step of ``PrototypeMemoryLoss`` saw, for ``B`` samples; detached, nothing is read back.
+    """What one step of ``PrototypeMemoryLoss`` saw, for this rank's ``B`` samples; detached, nothing is read back.
 
     Attributes:
         target_cosine: (B,) cosine to the sample's own prototype, 0 if ignored.
         target_probability: (B,) softmax probability of the target, margin included, 0 if ignored.
         hardest_cosine: (B,) cosine to the nearest other prototype, -inf if there is none.
         hardest_identity: (B,) int64, whose it is, -1 if there is none.
-        entered: () int64, identities enqueued in this step.
+        entered: () int64, identities enqueued in this step, on all ranks.
         refreshed: () int64, identities refreshed.
         left: () int64, identities dequeued.
     """
@@ -45,12 +61,96 @@ class PrototypeMemoryStats(NamedTuple):
     left: Tensor
 
 
-class _Head(nn.Module):
-    """A training head: what its parts cannot load is refused before the first of them has changed."""
+class _Head(nn.Module, OwnedByRank):
+    """A training head: what its parts cannot load is refused before the first of them has changed.
+
+    Over several ranks it agrees with the other ranks' heads on each batch, and brings the parts of it together.
+    """
+
+    ranks: Ranks
+    margin: AnyMargin
+    scale: float
+    mining: MiningRule | None
+    reduction: str
+
+    def _share(self, ranks: Ranks, average_gradients: bool | int, equal_batches: bool, *parts: object) -> None:
+        """Set up how batches are shared: with whom, what gradients are multiplied by, and whether sizes are told."""
+        if not isinstance(average_gradients, bool):
+            check_int("average_gradients", average_gradients, at_least=1)
+        if not isinstance(equal_batches, bool):
+            raise TypeError(f"equal_batches must be a bool, got {type(equal_batches).__name__}")
+        self.ranks = ranks
+        self.average_gradients, self.equal_batches = average_gradients, equal_batches
+        self._agree = Agreement(ranks, equal_batches)
+        hand_ranks(ranks, *parts)
+
+    def owned_by_rank(self) -> Iterator[str]:
+        """Return the names of what no other rank may overwrite: with a process group, all buffers and parameters."""
+        if not self.ranks.alone:
+            yield from (name for name, _ in self.named_buffers())
+            yield from self._sharded_parameters()
+
+    def _sharded_parameters(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _device(self) -> torch.device:
+        raise NotImplementedError
+
+    def _checked(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Check this rank's arguments and return labels as a tensor."""
+        raise NotImplementedError
+
+    def _settings(self) -> dict[str, object]:
+        """Return what has to be alike on all ranks, by name."""
+        return {
+            "margin": described(self.margin),
+            "scale": self.scale,
+            "mining": described(self.mining),
+            "reduction": self.reduction,
+            "average_gradients": self.average_gradients,
+            "training": self.training,
+        }
+
+    def _gathered(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None, return_stats: bool) -> _Gathered:
+        """Check a batch, on several ranks together with the others, and bring it together.
+
+        Returns:
+            the batch, and the function that the loss passes through (``widened_for_loss``).
+        """
+        if active_ddp() is not None:
+            refuse_unprepared(self)
+        if self.ranks.alone:
+            labels = self._checked(embeddings, labels, weights)
+            embeddings, passed = widened_for_loss(embeddings)
+            return _Gathered(Batch(embeddings, labels, weights, ONE_RANK), passed)
+        labels, sizes = self._agree(
+            self._device(),
+            lambda: self._checked(embeddings, labels, weights),
+            len,
+            lambda _: self._settings() | batch_options(embeddings, weights) | {"return_stats": return_stats},
+        )
+        wire = embeddings.dtype
+        embeddings, passed = widened_for_loss(embeddings)
+        batch = gather_batch(
+            SharedRows(self.ranks, sizes),
+            embeddings.to(accumulation_dtype(wire)),  # so that gradients add up in it
+            labels,
+            weights,
+            wire=wire,
+            factor=float(self.ranks.size if self.average_gradients is True else self.average_gradients or 1),
+        )
+        return _Gathered(batch, passed)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_parts(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Gathered(NamedTuple):
+    """A batch of all ranks, and the function that its loss passes through."""
+
+    batch: Batch
+    passed: Callable[[Tensor], Tensor]
 
 
 class PrototypeMemoryLoss(_Head):
@@ -78,6 +178,16 @@ class PrototypeMemoryLoss(_Head):
         reduction: "mean" over the samples that are not ignored, "sum" or "none".
         dtype: of the memory.
         device: of the memory.
+        process_group: of ``torch.distributed``: one memory over its ranks, and the loss of the batch of all ranks
+            (docs/distributed.md). Each rank calls with its own part, maybe an empty one, and gets the same global mean
+            or sum, or its own samples' losses. Default: this process alone; with others in ``torch.distributed`` that
+            is said in a warning, and nothing is told to them.
+        average_gradients: the embeddings' gradient (and the weights', where they have one) is that of the global loss
+            times the number of ranks, since ``DistributedDataParallel`` averages the encoder's gradients later. False:
+            without that factor; a number: that of the ranks over which the encoder is averaged, if others than these.
+        equal_batches: promise that every rank's batch has the same size in each step, so that no step waits for
+            numbers of the other ranks: each size is agreed on once. What one rank refuses later, the others learn from
+            the timeout of the group alone.
 
     Shapes:
         ``forward(embeddings (B, D) floating, labels (B,) int, weights (B,) or None) -> loss``; labels may be any
@@ -86,9 +196,11 @@ class PrototypeMemoryLoss(_Head):
         the loss non-finite, and never enters the memory.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range.
+        TypeError, ValueError: an argument of the wrong type, shape or range; over several ranks on every rank alike,
+            before anything is written, also where their settings differ.
         RuntimeError: from ``load_state_dict``, values that cannot be the state of a memory or of a running statistic;
-            within a backward pass, when activation checkpointing runs a step again that is not the last one.
+            within a backward pass, when activation checkpointing runs a step again that is not the last one; within
+            ``DistributedDataParallel``, a forgotten ``distributed.prepare_ddp``; a rank that does not come.
 
     Under ``torch.utils.checkpoint`` a forward pass that runs again gets what the step got, and moves nothing; encoder
     and head may share one region as long as backward follows before the next step.
@@ -119,6 +231,9 @@ class PrototypeMemoryLoss(_Head):
         reduction: str = "mean",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        average_gradients: bool | int = True,
+        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         check_objective(margin, scale, mining)
@@ -136,7 +251,9 @@ class PrototypeMemoryLoss(_Head):
             dtype=dtype,
             device=device,
             learnable=prototype_gradient == "memory",
+            process_group=process_group,
         )
+        self._share(self.memory.ranks, average_gradients, equal_batches, margin, mining, quality)
         self._optimizer: torch.optim.Optimizer | None = None
 
     def extra_repr(self) -> str:
@@ -172,13 +289,10 @@ class PrototypeMemoryLoss(_Head):
         self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
-        labels = self.memory.check(embeddings, labels, weights)
-        embeddings, passed = widened_for_loss(embeddings)
-        targets, banks, counts = (
-            self._write(embeddings, labels, weights) if self.training else self._read(embeddings, labels)
-        )
+        batch, passed = self._gathered(embeddings, labels, weights, return_stats)
+        targets, banks, counts = self._write(batch) if self.training else self._read(batch)
         result = loss_over_banks(
-            embeddings,
+            batch.embeddings,
             banks,
             margin=self.margin,
             scale=self.scale,
@@ -189,67 +303,95 @@ class PrototypeMemoryLoss(_Head):
         loss, seen = result if isinstance(result, tuple) else (result, None)
         loss = passed(loss)
         if self.reduction == "mean" and not self.training:
-            loss = torch.where((targets >= 0).any(), loss, torch.nan)
-        return loss if seen is None else (loss, self._stats(embeddings, targets, seen, counts))
+            there = banks.counts if isinstance(banks, ShardedBanks) else targets >= 0
+            loss = torch.where(there.any(), loss, torch.nan)
+        return loss if seen is None else (loss, self._stats(batch, targets, seen, counts))
 
-    def _read(self, embeddings: Tensor, labels: Tensor) -> _Step:
-        """Look the batch's identities up; nothing is written."""
-        targets = _show_broken(self.memory.lookup(labels), embeddings, labels)
-        bank = Bank(self.memory.prototypes, targets, self.memory.occupied)
-        return _Step(targets, Banks([bank]), torch.zeros(3, dtype=torch.int64, device=targets.device))
+    def owned_by_rank(self) -> Iterator[str]:
+        """Return the names of the memory's five tensors, and with a process group of all buffers."""
+        yield from (f"memory.{name}" for name in self.memory.owned_by_rank())
+        yield from super().owned_by_rank()
 
-    def _write(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> _Step:
-        """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
-        if self.prototype_gradient == "memory" and self._optimizer is None:
+    def _sharded_parameters(self) -> Iterator[str]:
+        yield "memory.prototypes"
+
+    def _device(self) -> torch.device:
+        return self.memory.identities.device
+
+    def _settings(self) -> dict[str, object]:
+        mine = {"quality": described(self.quality), "prototype_gradient": self.prototype_gradient}
+        return super()._settings() | self.memory.settings() | mine
+
+    def _checked(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        if self.training and self.prototype_gradient == "memory" and self._optimizer is None:
             raise RuntimeError("prototype_gradient='memory' needs attach_optimizer(optimizer) before the first step")
-        if weights is None and self.quality is not None:
-            with without_autocast(embeddings):
-                weights = self.quality(embeddings, labels)
+        return self.memory.check(embeddings, labels, weights)
+
+    def _read(self, batch: Batch) -> _Step:
+        """Look the batch's identities up; nothing is written."""
+        targets = find_slots(self.memory.identities, batch.labels)
+        targets = _show_broken(targets, batch.embeddings, self.memory.owned(batch.labels))
+        banks = self._banks([Bank(self._prototypes(), targets, self.memory.occupied)], batch)
+        return _Step(targets, banks, torch.zeros(3, dtype=torch.int64, device=targets.device))
+
+    def _write(self, batch: Batch) -> _Step:
+        """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
+        if batch.weights is None and self.quality is not None:
+            with without_autocast(batch.embeddings):
+                batch = batch._replace(weights=self.quality(batch.embeddings, batch.labels))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prototype_gradient == "fresh"):
-            made = self.memory.aggregate(embeddings, labels, weights)
+            made = self.memory.aggregate_owned(batch)
 
         slots, evicted, known, previous = self.memory.enqueue_keeping_previous(
             made, keep_previous=self.prototype_gradient == "fresh"
         )
-        targets = _show_broken(sample_slots(slots, made.index), embeddings, labels)
+        targets = sample_slots(slots, made.index)
+        targets = _show_broken(targets, batch.embeddings, self.memory.owned(batch.labels))
         entered = (slots >= 0) & ~known
         counts = torch.stack([entered.sum(), known.sum(), (evicted >= 0).sum()])
         if self.prototype_gradient == "fresh":
-            return _Step(targets, self._fresh_banks(made, slots, known, previous, targets), counts)
+            return _Step(targets, self._banks(self._fresh_banks(made, slots, known, previous, targets), batch), counts)
         if self.prototype_gradient == "memory":
             self._clear_optimizer_state(torch.where(entered, slots, -1))
-        return _Step(targets, Banks([Bank(self.memory.prototypes, targets, self.memory.occupied)]), counts)
+        banks = self._banks([Bank(self._prototypes(), targets, self.memory.occupied)], batch)
+        return _Step(targets, banks, counts)
+
+    def _banks(self, banks: list[Bank], batch: Batch) -> Banks:
+        """Return banks of this rank as what the loss runs over."""
+        if self.ranks.alone:
+            return Banks(banks)
+        return ShardedBanks(banks, batch.rows, batch.labels >= 0, self.ranks.size * self.memory.shard_size)
+
+    def _prototypes(self) -> Tensor:
+        return overflow_shared(self.memory.prototypes, self.ranks)
 
     def _fresh_banks(
         self, made: AggregatedPrototypes, slots: Tensor, known: Tensor, previous: Tensor, targets: Tensor
-    ) -> Banks:
+    ) -> list[Bank]:
         """Return the memory without the slots written in this step, and the rows in them with their graph."""
         old = previous.to(made.prototypes.dtype)
         fresh = refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
-        written = _slot_mask(slots, self.memory.capacity)
-        return Banks(
-            [
-                Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
-                Bank(fresh, torch.where(targets >= 0, made.index, -1), slots >= 0),
-            ]
-        )
+        written = _slot_mask(slots, self.memory.shard_size)
+        return [
+            Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
+            Bank(fresh, torch.where(targets >= 0, made.index, -1), slots >= 0),
+        ]
 
     def _clear_optimizer_state(self, slots: Tensor) -> None:
         """Zero the optimiser's memory of the slots (P,) that new identities took; -1 is none."""
         assert self._optimizer is not None
-        clear_rows(self._optimizer, self.memory.prototypes, _slot_mask(slots, self.memory.capacity))
+        clear_rows(self._optimizer, self.memory.prototypes, _slot_mask(slots, self.memory.shard_size))
 
     @torch.no_grad()
-    def _stats(
-        self, embeddings: Tensor, targets: Tensor, seen: MarginSoftmaxStats, counts: Tensor
-    ) -> PrototypeMemoryStats:
+    def _stats(self, batch: Batch, targets: Tensor, seen: MarginSoftmaxStats, counts: Tensor) -> PrototypeMemoryStats:
         nearest, slots = hardest_negatives(
-            embeddings.detach(), self.memory.prototypes.detach(), targets, k=1, occupied=self.memory.occupied
+            batch.embeddings.detach(), self.memory.prototypes.detach(), targets, k=1, occupied=self.memory.occupied
         )
         identity = torch.where(slots >= 0, self.memory.identities[slots.clamp(min=0)], -1)
-        return PrototypeMemoryStats(
-            seen.target_cosine, seen.target_probability, nearest[:, 0], identity[:, 0], *counts.unbind()
-        )
+        nearest, identity = largest(self.ranks, nearest, identity)
+        nearest, identity = batch.rows.own(nearest)[:, 0], batch.rows.own(identity)[:, 0]
+        counts = self.ranks.sum_(counts)
+        return PrototypeMemoryStats(seen.target_cosine, seen.target_probability, nearest, identity, *counts.unbind())
 
 
 class _Step(NamedTuple):
@@ -284,8 +426,17 @@ class MarginSoftmaxLoss(_Head):
         embedding_dim: D.
         margin, scale, mining, reduction: as in ``margin_softmax_loss``.
         dtype, device: of the weights.
+        process_group: of ``torch.distributed``: the classes are spread over its ranks, in order and as evenly as can
+            be, and the loss is that of the batch of all ranks (docs/distributed.md); every rank calls with its own
+            part. Default: this process alone.
+        sample_rate: in (0, 1]: below 1 a training step runs over the classes of its batch and others drawn at random
+            from PyTorch's generator, on each rank this share of its classes, and at least as many as there are samples
+            in the batch of all ranks. The others' rows get a gradient of 0. In ``eval()`` mode all count.
+        average_gradients, equal_batches: as in ``PrototypeMemoryLoss``.
 
-    Parameter: ``weight`` (C, D), drawn from N(0, 0.01); its rows are scaled to unit length inside the loss.
+    Parameter: ``weight`` (C, D), drawn from N(0, 0.01); its rows are scaled to unit length inside the loss. Of several
+    ranks each holds ``num_classes // W`` classes, or one more, from its ``first_class`` on; their gradient is that of
+    the global loss, without a factor. Ranks draw different rows from generators in the same state.
 
     Shapes:
         ``forward(embeddings (B, D) floating, labels (B,) int in [0, C), negative: ignored) -> loss``.
@@ -295,7 +446,7 @@ class MarginSoftmaxLoss(_Head):
         >>> head(torch.randn(2, 4), torch.tensor([3, 9])).shape
         torch.Size([])
 
-    Source: Deng et al., ArcFace, arXiv 1801.07698.
+    Source: Deng et al., ArcFace, arXiv 1801.07698; sampling: An et al., Partial FC, arXiv 2203.15565.
     """
 
     def __init__(
@@ -309,38 +460,115 @@ class MarginSoftmaxLoss(_Head):
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        sample_rate: float = 1.0,
+        average_gradients: bool | int = True,
+        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         check_int("num_classes", num_classes, at_least=1)
         check_int("embedding_dim", embedding_dim, at_least=1)
         check_objective(margin, scale, mining)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_number("sample_rate", sample_rate, low=0, high=1, open_low=True)
+        ranks = ranks_of(process_group)
+        if num_classes < ranks.size:
+            raise ValueError(
+                f"num_classes must be at least {ranks.size}, the ranks of process_group, got {num_classes}"
+            )
         self.margin, self.scale, self.mining, self.reduction = margin, float(scale), mining, reduction
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, dtype=dtype, device=device))
+        self.num_classes, self.sample_rate = num_classes, float(sample_rate)
+        some, more = divmod(num_classes, ranks.size)
+        self.first_class = some * ranks.rank + min(more, ranks.rank)
+        rows = some + (ranks.rank < more)
+        self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=dtype, device=device))
+        self._share(ranks, average_gradients, equal_batches, margin, mining)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the class weights anew."""
-        nn.init.normal_(self.weight, std=0.01)
+        if self.ranks.alone or self.weight.is_meta:
+            nn.init.normal_(self.weight, std=0.01)
+            return
+        # Equal states of the ranks' generators must not make their shards equal.
+        seed = int(torch.randint(2**62, ())) + self.ranks.rank
+        nn.init.normal_(self.weight, std=0.01, generator=torch.Generator(self.weight.device).manual_seed(seed))
 
     def extra_repr(self) -> str:
         """Return the settings for ``repr``."""
-        num_classes, embedding_dim = self.weight.shape
-        return f"num_classes={num_classes}, embedding_dim={embedding_dim}, margin={self.margin!r}, scale={self.scale:g}"
+        embedding_dim = self.weight.shape[1]
+        sampled = "" if self.sample_rate == 1 else f", sample_rate={self.sample_rate:g}"
+        where = "" if self.ranks.alone else f", {len(self.weight)} of them on {self.ranks!r}"
+        return (
+            f"num_classes={self.num_classes}{where}, embedding_dim={embedding_dim}, margin={self.margin!r}, "
+            f"scale={self.scale:g}{sampled}"
+        )
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False) -> Any:
-        """Return the loss of a batch; with ``return_stats`` also ``MarginSoftmaxStats``."""
-        return margin_softmax_loss(
-            embeddings,
-            self.weight,
-            labels,
-            margin=self.margin,
-            scale=self.scale,
-            mining=self.mining,
-            normalize_prototypes=True,
-            reduction=self.reduction,
-            return_stats=return_stats,
+        """Return the loss of a batch; with ``return_stats`` also ``MarginSoftmaxStats``, of this rank's samples."""
+        options: dict[str, Any] = {
+            "margin": self.margin,
+            "scale": self.scale,
+            "mining": self.mining,
+            "reduction": self.reduction,
+            "return_stats": return_stats,
+        }
+        if self.ranks.alone and self.sample_rate == 1:
+            return margin_softmax_loss(embeddings, self.weight, labels, normalize_prototypes=True, **options)
+        batch, passed = self._gathered(embeddings, labels, None, return_stats)
+        targets = batch.labels.long() - self.first_class
+        targets = torch.where((batch.labels >= 0) & (targets >= 0) & (targets < len(self.weight)), targets, -1)
+        weight = overflow_shared(self.weight, self.ranks)
+        if self.sample_rate < 1 and self.training:
+            sampled = self.sampled_classes(targets)
+            weight, targets = weight.index_select(0, sampled), find_slots(sampled, targets)
+        bank = Bank(weight, targets, None)
+        banks = (
+            Banks([bank], normalize_prototypes=True)
+            if self.ranks.alone
+            else ShardedBanks([bank], batch.rows, batch.labels >= 0, self.num_classes, normalize_prototypes=True)
         )
+        result = loss_over_banks(batch.embeddings, banks, **options)
+        return (passed(result[0]), result[1]) if isinstance(result, tuple) else passed(result)
+
+    def sampled_classes(self, targets: Tensor) -> Tensor:
+        """Draw the rows of ``weight`` that a step runs over: (K,) ascending, with all targets among them.
+
+        Args:
+            targets: (N,) int64 rows of ``weight`` that must be among them; -1 is none.
+        """
+        rows = len(self.weight)
+        count = min(rows, max(round(self.sample_rate * rows), targets.shape[0], 1))
+        order = torch.rand(rows + 1, device=targets.device)
+        order = order.index_fill_(0, torch.where(targets < 0, rows, targets), 2.0)[:rows]
+        return order.topk(count).indices.sort().values
+
+    def _sharded_parameters(self) -> Iterator[str]:
+        yield "weight"
+
+    def _device(self) -> torch.device:
+        return self.weight.device
+
+    def _settings(self) -> dict[str, object]:
+        mine = {
+            "num_classes": self.num_classes,
+            "embedding_dim": self.weight.shape[1],
+            "the weights' dtype": self.weight.dtype,
+            "sample_rate": self.sample_rate,
+        }
+        return super()._settings() | mine
+
+    def _checked(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        labels = check_batch(embeddings, labels)
+        if embeddings.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"embeddings must have shape (B, {self.weight.shape[1]}) to match embedding_dim, "
+                f"got {tuple(embeddings.shape)}"
+            )
+        check_device("embeddings", embeddings, "the weights", self.weight)
+        if values_can_be_read(labels) and labels.numel() and int(labels.max()) >= self.num_classes:
+            raise ValueError(f"labels must be below {self.num_classes}, the number of classes, got {int(labels.max())}")
+        return labels
 
 
 class DSoftmaxLoss(MarginSoftmaxLoss):
@@ -351,7 +579,8 @@ class DSoftmaxLoss(MarginSoftmaxLoss):
         embedding_dim: D.
         d: the target cosine that counts as reached.
         scale: s > 0.
-        mining, reduction, dtype, device: as in ``MarginSoftmaxLoss``.
+        mining, reduction, dtype, device, process_group, sample_rate, average_gradients, equal_batches: as in
+            ``MarginSoftmaxLoss``.
 
     Against a memory instead of class weights: ``PrototypeMemoryLoss(..., margin=DSoftmax(0.9), scale=30.0)``.
 
@@ -369,6 +598,10 @@ class DSoftmaxLoss(MarginSoftmaxLoss):
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        sample_rate: float = 1.0,
+        average_gradients: bool | int = True,
+        equal_batches: bool = False,
     ) -> None:
         super().__init__(
             num_classes,
@@ -379,4 +612,8 @@ class DSoftmaxLoss(MarginSoftmaxLoss):
             reduction=reduction,
             dtype=dtype,
             device=device,
+            process_group=process_group,
+            sample_rate=sample_rate,
+            average_gradients=average_gradients,
+            equal_batches=equal_batches,
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from protomem_kernels._checks import check_choice, check_number
+from protomem_kernels.distributed.ranks import SeesAllRanks
 from protomem_kernels.recomputation import Replay
 from protomem_kernels.state import StatefulModule, check_statistic
 
@@ -396,7 +397,7 @@ class MagFace(Margin):
         return self.regularizer * (a / self.u_a**2 + 1 / a)
 
 
-class ElasticFace(StatefulModule, Margin):
+class ElasticFace(StatefulModule, SeesAllRanks, Margin):
     """ArcFace or CosFace with a margin drawn anew for every sample from a normal distribution.
 
     Args:
@@ -404,7 +405,8 @@ class ElasticFace(StatefulModule, Margin):
         std: its standard deviation, >= 0.
         kind: "arc" or "cos".
         generator: where the margins are drawn from, on the embeddings' device. Default: PyTorch's own, whose state is
-            for the training script to save, as with dropout.
+            for the training script to save, as with dropout. In a head with a process group all ranks draw, and rank
+            0's margins count on all: one broadcast a step.
 
     State: with a ``generator`` its state, ``generator_state`` in ``state_dict()``, so that a resumed run draws on.
 
@@ -437,7 +439,8 @@ class ElasticFace(StatefulModule, Margin):
         shape, dtype, device = embedding_norm.shape, embedding_norm.dtype, embedding_norm.device
 
         def draw() -> Tensor:
-            return self.m + self.std * torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+            drawn = torch.randn(shape, dtype=dtype, device=device, generator=self.generator)
+            return self.m + self.std * self.ranks.first_(drawn)
 
         m = self._drawn(draw, inputs=(embedding_norm,), state=())
         return angular(m) if self.kind == "arc" else subtractive(m)

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from protomem_kernels._checks import as_labels, check_batch, check_choice, check_int, check_number, check_weights
+from protomem_kernels._checks import (
+    as_labels,
+    check_batch,
+    check_choice,
+    check_device,
+    check_int,
+    check_number,
+    check_weights,
+)
+from protomem_kernels.distributed.agreement import Agreement
+from protomem_kernels.distributed.batch import ONE_RANK, Batch, Rows, SharedRows, gather_batch, largest
+from protomem_kernels.distributed.data_parallel import OwnedByRank, warn_of_own_memory
+from protomem_kernels.distributed.owners import owners
+from protomem_kernels.distributed.ranks import ranks_of
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops import aggregate_prototypes, hardest_negatives
 from protomem_kernels.ops.enqueue import POLICIES, enqueue_keeping_previous_
+from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.recomputation import Replay, version
-from protomem_kernels.rows import normalize_rows_
+from protomem_kernels.rows import accumulation_dtype, normalize_rows_, widened
 from protomem_kernels.state import StatefulModule
 from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
 
 
-class PrototypeMemory(StatefulModule):
+class PrototypeMemory(StatefulModule, OwnedByRank):
     """A limited memory of recent prototypes: made from the batch, refreshed on return, the oldest dequeued.
 
     The five state tensors are persistent buffers (``prototypes`` a parameter if ``learnable``): ``state_dict()``
@@ -36,9 +51,15 @@ class PrototypeMemory(StatefulModule):
         dtype: of the prototypes; they are computed in float32 (float64) and rounded once.
         device: where the memory lives.
         learnable: make ``prototypes`` an ``nn.Parameter``.
+        process_group: of ``torch.distributed``: one memory over its ranks (docs/distributed.md). ``capacity`` is the
+            total; a rank keeps ceil(capacity / W) slots, for the identities that it owns, and the five tensors, ``len``
+            and ``state_dict()`` are that shard's. ``update``, ``aggregate``, ``lookup`` and ``doppelgangers`` are then
+            collective: every rank calls, each with its own part of the batch, maybe an empty one. Slots count through
+            the shards: rank * shard_size + the slot there. Default: this process alone.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range.
+        TypeError, ValueError: an argument of the wrong type or out of range; of a collective call, on every rank alike,
+            what one rank was given.
         RuntimeError: from ``load_state_dict``, a state that cannot be; nothing is loaded then.
         ValueError: from later calls, such a state that something else has written (``MemoryState.validate``).
         RuntimeError: from ``update`` in a forward pass that activation checkpointing runs again, when the memory has
@@ -72,12 +93,20 @@ class PrototypeMemory(StatefulModule):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         learnable: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_number("refresh_ratio", refresh_ratio, low=0, high=1)
         check_choice("policy", policy, POLICIES)
         self.refresh_ratio, self.policy = float(refresh_ratio), policy
-        state = MemoryState.empty(capacity, embedding_dim, dtype=dtype, device=device)
+        check_int("capacity", capacity, at_least=1)
+        self.ranks = ranks_of(process_group)
+        if capacity < self.ranks.size:
+            raise ValueError(f"capacity must be at least {self.ranks.size}, the ranks of process_group, got {capacity}")
+        self._capacity = capacity
+        self._agree = Agreement(self.ranks)
+        self._met_ranks = False
+        state = MemoryState.empty(-(-capacity // self.ranks.size), embedding_dim, dtype=dtype, device=device)
         if learnable:
             self.prototypes = nn.Parameter(state.prototypes)
         else:
@@ -90,7 +119,12 @@ class PrototypeMemory(StatefulModule):
 
     @property
     def capacity(self) -> int:
-        """M, the number of slots."""
+        """M, the number of slots; over several ranks, of all shards together, as it was asked for."""
+        return self._capacity
+
+    @property
+    def shard_size(self) -> int:
+        """The number of slots on this rank."""
         return self.prototypes.shape[0]
 
     @property
@@ -100,7 +134,7 @@ class PrototypeMemory(StatefulModule):
 
     @property
     def state(self) -> MemoryState:
-        """The five tensors themselves, not copies."""
+        """The five tensors themselves, not copies; over several ranks, this one's."""
         return MemoryState(self.prototypes, self.identities, self.stamps, self.cursor, self.clock)
 
     @property
@@ -109,7 +143,7 @@ class PrototypeMemory(StatefulModule):
         return self.identities >= 0
 
     def __len__(self) -> int:
-        """Return the number of identities in the memory; on a GPU this synchronises."""
+        """Return the number of identities in the memory, over several ranks in this one's; on a GPU it synchronises."""
         return int(self.occupied.sum())
 
     def __bool__(self) -> bool:
@@ -119,8 +153,9 @@ class PrototypeMemory(StatefulModule):
     def extra_repr(self) -> str:
         """Return the settings and how full the memory is."""
         filled = "?" if self.identities.is_meta else len(self)
+        where = "" if self.ranks.alone else f" on {self.ranks!r}, capacity={self.capacity}"
         return (
-            f"{filled}/{self.capacity} identities, embedding_dim={self.embedding_dim}, "
+            f"{filled}/{self.shard_size} identities{where}, embedding_dim={self.embedding_dim}, "
             f"refresh_ratio={self.refresh_ratio:g}, policy={self.policy!r}, dtype={self.prototypes.dtype}"
         )
 
@@ -131,6 +166,8 @@ class PrototypeMemory(StatefulModule):
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         self._validate_foreign_state()
+        if not self._met_ranks:
+            self._meet_ranks()
         labels = check_batch(embeddings, labels)
         if embeddings.shape[1] != self.embedding_dim:
             raise ValueError(
@@ -145,20 +182,53 @@ class PrototypeMemory(StatefulModule):
     def aggregate(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> AggregatedPrototypes:
         """Make the batch's prototypes, padded to min(B, M) rows so that no size depends on data.
 
+        Over several ranks: those that this rank owns of the batch of all ranks, whose samples come rank by rank.
+
         Args:
             embeddings: (B, D) floating.
             labels: (B,) integers; negative: the sample takes no part.
             weights: (B,) floating >= 0. Default: all 1.
 
         Raises:
-            ValueError: also if the batch holds more identities than the memory has slots (CPU tensors).
+            ValueError: also if the batch holds more identities than the memory has slots (CPU tensors), or more of one
+                owner than that one has.
         """
-        labels = self.check(embeddings, labels, weights)
-        rows = min(embeddings.shape[0], self.capacity)
-        return aggregate_prototypes(embeddings, labels, weights, max_identities=rows)
+        return self.aggregate_owned(self._shared(embeddings, labels, weights))
+
+    def aggregate_owned(self, batch: Batch) -> AggregatedPrototypes:
+        """Do what ``aggregate`` does with a batch that was checked and brought together."""
+        rows = min(batch.embeddings.shape[0], self.shard_size)
+        labels = batch.labels if self.ranks.alone else self.owned(batch.labels)
+        return aggregate_prototypes(batch.embeddings, labels, batch.weights, max_identities=rows)
+
+    def owned(self, labels: Tensor) -> Tensor:
+        """Return the labels (N,) of all ranks' samples with -1 in place of those that other ranks own.
+
+        Raises:
+            ValueError: more identities of one owner than it has slots; on every rank alike.
+        """
+        if self.ranks.alone:
+            return labels
+        owner = owners(labels, self.ranks.size)
+        if labels.shape[0] > self.shard_size:  # only then may it happen: reading values back is rare
+            distinct = labels[labels >= 0].unique()
+            most = owners(distinct, self.ranks.size).bincount(minlength=self.ranks.size)
+            if int(most.max()) > self.shard_size:
+                raise ValueError(
+                    f"labels must hold at most {self.shard_size} identities of one owner, the slots of its shard "
+                    f"(capacity {self.capacity} over {self.ranks.size} ranks), got {int(most.max())} that rank "
+                    f"{int(most.argmax())} owns"
+                )
+        return torch.where(owner == self.ranks.rank, labels, -1)
 
     def enqueue(self, aggregated: AggregatedPrototypes) -> EnqueueResult:
-        """Refresh or enqueue the batch's prototypes."""
+        """Refresh or enqueue the batch's prototypes; over several ranks, those that this one owns, and not collective.
+
+        Raises:
+            TypeError, ValueError: as ``enqueue_`` does; on the CPU also an identity that another rank owns.
+        """
+        if not self.ranks.alone and values_can_be_read(aggregated.identities):
+            self._refuse_others_identities("aggregated.", aggregated.identities)
         slots, evicted, _, _ = self.enqueue_keeping_previous(aggregated, keep_previous=False)
         return EnqueueResult(slots, evicted)
 
@@ -196,14 +266,16 @@ class PrototypeMemory(StatefulModule):
         Returns:
             (B,) int64: the slot of each sample's identity, -1 where there is none.
         """
-        aggregated = self.aggregate(embeddings, labels, weights)
-        return sample_slots(self.enqueue(aggregated).slots, aggregated.index)
+        batch = self._shared(embeddings, labels, weights)
+        made = self.aggregate_owned(batch)
+        slots, _, _, _ = self.enqueue_keeping_previous(made, keep_previous=False)
+        return self._told_by_owners(sample_slots(slots, made.index), batch.rows)
 
     @torch.no_grad()
     def lookup(self, labels: Tensor) -> Tensor:
         """Return the slot of each label (B,) int64, -1 where it is not in the memory or negative."""
-        self._validate_foreign_state()
-        return find_slots(self.identities, as_labels("labels", labels, "(B,)", self.identities))
+        labels, rows = self._shared_labels(labels)
+        return self._told_by_owners(find_slots(self.identities, labels), rows)
 
     @torch.no_grad()
     def doppelgangers(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -217,12 +289,17 @@ class PrototypeMemory(StatefulModule):
             ``(cosines (N, k), identities (N, k) int64)``, descending; (-inf, -1) where there are fewer, or where the
             label is not in the memory.
         """
-        check_int("k", k, at_least=1)
-        slots = self.lookup(labels)
-        queries = self.prototypes.index_select(0, slots.clamp(min=0))
+        if self.ranks.alone:
+            check_int("k", k, at_least=1)
+        labels, rows = self._shared_labels(labels, k)
+        slots = find_slots(self.identities, labels)
+        known, queries = slots >= 0, self.prototypes.index_select(0, slots.clamp(min=0))
+        if not self.ranks.alone:
+            known, queries = self._queries_of_owners(known, queries)
         cosines, found = hardest_negatives(queries, self.prototypes, slots, k=k, occupied=self.occupied)
-        known = (slots >= 0)[:, None] & (found >= 0)
-        identities = self.identities[found.clamp(min=0)]
+        identities = torch.where(found >= 0, self.identities[found.clamp(min=0)], -1)
+        cosines, identities = (rows.own(value) for value in largest(self.ranks, cosines, identities))
+        known = rows.own(known)[:, None] & (identities >= 0)
         return torch.where(known, cosines, float("-inf")), torch.where(known, identities, -1)
 
     @torch.no_grad()
@@ -256,6 +333,7 @@ class PrototypeMemory(StatefulModule):
                 f"got {tuple(loaded.prototypes.shape)}"
             )
         loaded.validate("")
+        self._refuse_others_identities("", loaded.identities)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -288,11 +366,107 @@ class PrototypeMemory(StatefulModule):
         tensor, written = self._known or (None, 0)
         if tensor is not self.identities or written != version(tensor):
             self.state.validate("memory")
+            self._refuse_others_identities("memory.", self.identities)
             self._note_identities()
+
+    def owned_by_rank(self) -> Iterator[str]:
+        """Return the names of the five tensors."""
+        yield from MemoryState._fields
+
+    def _meet_ranks(self) -> None:
+        """At the first batch: say what a memory without a process group means where there are other processes."""
+        if not torch.compiler.is_compiling():
+            self._met_ranks = True
+            if self.ranks.alone:
+                warn_of_own_memory()
+
+    def _refuse_others_identities(self, of: str, identities: Tensor) -> None:
+        """Raise if an identity stands here that another rank owns; reads values."""
+        if self.ranks.alone:
+            return
+        owner = torch.where(identities >= 0, owners(identities, self.ranks.size), self.ranks.rank)
+        if bool((owner != self.ranks.rank).any()):
+            at = int((owner != self.ranks.rank).int().argmax())
+            raise ValueError(
+                f"{of}identities must be those that {self.ranks!r} owns, got {int(identities[at])} at index {at}, "
+                f"which rank {int(owner[at])} owns: is this the shard of another rank, or of another number of ranks?"
+            )
+
+    def settings(self) -> dict[str, object]:
+        """Return what has to be alike on all ranks, by name."""
+        return {
+            "capacity": self.capacity,
+            "embedding_dim": self.embedding_dim,
+            "the memory's dtype": self.prototypes.dtype,
+            "refresh_ratio": self.refresh_ratio,
+            "policy": self.policy,
+        }
+
+    def _shared(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Batch:
+        """Check a batch and bring it together with the other ranks'."""
+        if self.ranks.alone:
+            return Batch(embeddings, self.check(embeddings, labels, weights), weights, ONE_RANK)
+        labels, sizes = self._agree(
+            self.identities.device,
+            lambda: self.check(embeddings, labels, weights),
+            len,
+            lambda _: self.settings() | batch_options(embeddings, weights),
+        )
+        rows = SharedRows(self.ranks, sizes)
+        return gather_batch(rows, widened(embeddings), labels, weights, wire=embeddings.dtype, factor=1.0)
+
+    def _shared_labels(self, labels: Tensor, k: int | None = None) -> tuple[Tensor, Rows]:
+        """Check labels (B,), and ``k``, and return them (N,) with the other ranks'."""
+
+        def check() -> Tensor:
+            self._validate_foreign_state()
+            if k is not None:
+                check_int("k", k, at_least=1)
+            return as_labels("labels", labels, "(B,)", self.identities)
+
+        if self.ranks.alone:
+            return check(), ONE_RANK
+        checked, sizes = self._agree(
+            self.identities.device,
+            lambda: _on_device(check(), self.identities),
+            len,
+            lambda _: {"the call": "lookup" if k is None else "doppelgangers", **self.settings(), "k": k},
+        )
+        rows = SharedRows(self.ranks, sizes)
+        return rows.gather(checked.long()), rows
+
+    def _told_by_owners(self, slots: Tensor, rows: Rows) -> Tensor:
+        """Return this rank's samples' slots (B,) through all shards, of each shard's slots (N,); -1 is none."""
+        if self.ranks.alone:
+            return slots
+        first = self.ranks.rank * self.shard_size
+        return rows.own(self.ranks.sum_(torch.where(slots >= 0, first + slots + 1, 0)) - 1)
+
+    def _queries_of_owners(self, known: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of N identities any rank knows, and their prototypes (N, D), of what each rank knows."""
+        mine = known[:, None].to(accumulation_dtype(queries.dtype))
+        told = self.ranks.sum_(torch.cat([mine, mine * queries], dim=1))
+        return told[:, 0] > 0, told[:, 1:]
 
     def __getstate__(self) -> dict[str, Any]:
         """Have copies and pickles validate their state once: a copy may be written by what averages weights."""
         return self.__dict__ | {"_known": None}
+
+
+def batch_options(embeddings: Tensor, weights: Tensor | None) -> dict[str, object]:
+    """Return what has to be alike of the ranks' batches, by name."""
+    differentiated = torch.is_grad_enabled()
+    return {
+        "the embeddings' dtype": embeddings.dtype,
+        "the weights' dtype": None if weights is None else weights.dtype,
+        "whether embeddings require a gradient": differentiated and embeddings.requires_grad,
+        "whether weights require a gradient": differentiated and weights is not None and weights.requires_grad,
+    }
+
+
+def _on_device(labels: Tensor, identities: Tensor) -> Tensor:
+    check_device("labels", labels, "the memory", identities)
+    return labels
 
 
 def sample_slots(slots: Tensor, index: Tensor) -> Tensor:

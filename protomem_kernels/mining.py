@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protomem_kernels._checks import check_choice, check_int, check_number
+from protomem_kernels.distributed.ranks import ranks_of
 from protomem_kernels.margins import TargetMap
 from protomem_kernels.recomputation import Replay
 from protomem_kernels.state import StatefulModule, check_statistic
@@ -95,7 +96,8 @@ class CurricularFace(StatefulModule, MiningRule):
     Args:
         momentum: share of the new batch in t, in (0, 1].
         process_group: of ``torch.distributed``; the mean is then over all its ranks' samples, one all-reduce of two
-            numbers a step. Default: this process alone, without any collective.
+            numbers a step. Default: this process alone, without any collective; in a head with a process group, which
+            shows the rule the batch of all its ranks, that is the mean over them.
 
     Buffer: ``t`` () float32 whatever ``module.to(dtype)`` says, starting at 0.
 
@@ -110,6 +112,7 @@ class CurricularFace(StatefulModule, MiningRule):
         super().__init__()
         check_number("momentum", momentum, low=0, high=1, open_low=True)
         self.momentum, self.process_group = momentum, process_group
+        self._ranks = ranks_of(process_group)
         self.register_buffer("t", torch.zeros((), dtype=torch.float32))
         self._updated: Replay[None] = Replay("CurricularFace's update")
 
@@ -130,8 +133,7 @@ class CurricularFace(StatefulModule, MiningRule):
     def _update(self, cosine: Tensor, counts: Tensor) -> None:
         usable = counts & torch.isfinite(cosine)
         sums = torch.stack([torch.where(usable, cosine, 0).sum(), usable.sum().to(cosine.dtype)])
-        if self.process_group is not None:
-            dist.all_reduce(sums, group=self.process_group)
+        sums = self._ranks.sum_(sums)
         moved = self.momentum * sums[0] / sums[1].clamp(min=1) + (1 - self.momentum) * self.t
         self.t.copy_(torch.where(sums[1] > 0, moved, self.t))
 

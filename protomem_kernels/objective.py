@@ -2,8 +2,8 @@
 
 A few operations on (B,) vectors around ``negative_logsumexp``, the one heavy operator. A bank is a set of prototypes:
 the memory alone, or the memory without the slots written in this step beside those fresh rows with their graph. Each
-sample has its target in at most one bank. ``Banks`` holds the four reductions over them; whatever spreads prototypes
-further changes these four and nothing else.
+sample has its target in at most one bank. ``Banks`` holds the four reductions over them; what spreads prototypes
+further (``shards``) changes these and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from protomem_kernels import ops
 from protomem_kernels._checks import check_batch, check_choice, check_number, check_occupied, check_prototypes
+from protomem_kernels.distributed.batch import ONE_RANK, Rows
 from protomem_kernels.margins import AnyMargin, ArcFace, TargetMap, as_margin
 from protomem_kernels.mining import Chosen, MiningRule
 from protomem_kernels.ops.call import call
@@ -45,14 +46,42 @@ class Banks:
     Args:
         banks: at least one, of one embedding size.
         normalize_prototypes: scale their rows to unit length first.
+
+    Attributes:
+        rows: whose the samples are.
     """
+
+    rows: Rows = ONE_RANK
 
     def __init__(self, banks: Sequence[Bank], normalize_prototypes: bool = False) -> None:
         self.banks, self.normalize_prototypes = banks, normalize_prototypes
 
     def has_target(self) -> Tensor:
-        """Return which samples (B,) have their target in any bank."""
+        """Return which samples (B,) have their target in any bank: those that count."""
         return torch.stack([bank.has_target() for bank in self.banks]).any(dim=0)
+
+    def candidates(self) -> Tensor:
+        """Return which samples (B,) may have a target, as far as it is known before the prototypes are looked at."""
+        return self.has_target()
+
+    def look_ahead(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Return which samples (B,) have a target, for a rule that has to know before the sum; ``target_cosine`` too.
+
+        Args:
+            x: (B, D) unit rows.
+            counts: (B,) what ``candidates`` returned.
+        """
+        return counts
+
+    def norms(self, norm: Tensor, counts: Tensor) -> Tensor:
+        """Return the norms (B,) that a margin is bound to: 0 where the sample does not count."""
+        return norm
+
+    def sums(
+        self, x: Tensor, counts: Tensor, chosen: Chosen | None, form: HardNegativeForm | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which samples (B,) have a target, and what ``negative_logsumexp`` returns."""
+        return counts, *self.negative_logsumexp(x, chosen, form, scale)
 
     def target_cosine(self, x: Tensor) -> Tensor:
         """Return the cosine of each unit row of ``x`` (B, D) to its target (B,), summed over the banks; 0 if none."""
@@ -85,7 +114,18 @@ class Banks:
 
     def hardest(self, x: Tensor, k: int) -> Chosen:
         """Return each bank's slots (B, k) of the k hardest negatives of unit rows ``x`` over all banks; -1 is none."""
-        found = [
+        found = self._hardest_in_each(x, k)
+        if len(self.banks) == 1:
+            return [found[0][1]]
+        cosines = torch.cat([values for values, _ in found], dim=1)
+        best = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        kept = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, best, True)
+        slots = torch.cat([slots for _, slots in found], dim=1)
+        return list(torch.where(kept, slots, -1).split(k, dim=1))
+
+    def _hardest_in_each(self, x: Tensor, k: int) -> list[tuple[Tensor, Tensor]]:
+        """Return of each bank the cosines (B, k) and slots (B, k) of its hardest negatives."""
+        return [
             call(
                 "hardest_negatives",
                 x.detach(),
@@ -97,13 +137,6 @@ class Banks:
             )
             for bank in self.banks
         ]
-        if len(self.banks) == 1:
-            return [found[0][1]]
-        cosines = torch.cat([values for values, _ in found], dim=1)
-        best = cosines.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        kept = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, best, True)
-        slots = torch.cat([slots for _, slots in found], dim=1)
-        return list(torch.where(kept, slots, -1).split(k, dim=1))
 
     def _cosine_in(self, bank: Bank, x: Tensor) -> Tensor:
         if bank.prototypes.shape[0] == 0:
@@ -198,12 +231,17 @@ def loss_over_banks(
     check_choice("reduction", reduction, REDUCTIONS)
     margin, rule = as_margin(margin), NO_MINING if mining is None else mining
 
-    counts = banks.has_target()
+    counts, target_map, form = banks.candidates(), None, None
     x, norm = unit_embeddings(torch.where(counts[:, None], embeddings, 0))
-    target_map = margin.bind(norm)
-    form = hard_negative_form(x, banks, counts, target_map, rule)
+    if reshapes(rule):
+        counts = banks.look_ahead(x, counts)
+        target_map = margin.bind(banks.norms(norm, counts))
+        form = hard_negative_form(x, banks, counts, target_map, rule)
     chosen = rule.chosen_negatives(lambda k: banks.hardest(x, k))
-    cosine, n = banks.negative_logsumexp(x, chosen, form, scale)
+    counts, cosine, n = banks.sums(x, counts, chosen, form, scale)
+    norm = banks.norms(norm, counts)
+    if target_map is None:
+        target_map = margin.bind(norm)
 
     excess = n - scale * target_map(cosine)
     losses = margin.losses(excess, cosine, n, scale)
@@ -213,14 +251,13 @@ def loss_over_banks(
 
     kept = rule.kept(losses, counts)
     loss = torch.where(kept, losses, 0)
-    if reduction != "none":
-        loss = loss.sum()
+    loss = banks.rows.own_losses(loss) if reduction == "none" else banks.rows.total(loss)
     if reduction == "mean":
         loss = loss / kept.sum().clamp(min=1)
     if not return_stats:
         return loss
-    seen = torch.stack([cosine, n, torch.sigmoid(-excess)]).detach()
-    return loss, MarginSoftmaxStats(*torch.where(counts, seen, 0))
+    seen = torch.where(counts, torch.stack([cosine, n, torch.sigmoid(-excess)]).detach(), 0)
+    return loss, MarginSoftmaxStats(*(banks.rows.own(values) for values in seen.unbind()))
 
 
 def margin_softmax_logits(
@@ -316,6 +353,11 @@ def check_objective(margin: AnyMargin, scale: float, mining: MiningRule | None) 
             raise TypeError(f"{name} must be an instance, got the class {value.__name__}")
     if mining is not None and not isinstance(mining, MiningRule):
         raise TypeError(f"mining must be a rule of protomem_kernels.mining or None, got {type(mining).__name__}")
+
+
+def reshapes(rule: MiningRule) -> bool:
+    """Say whether a rule may reshape negatives, for which it asks for target cosines before the sum."""
+    return type(rule).hard_negatives is not MiningRule.hard_negatives
 
 
 def hard_negative_form(

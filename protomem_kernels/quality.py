@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_int, check_number, check_tensor
 from protomem_kernels._torch import without_autocast
+from protomem_kernels.distributed.agreement import Agreement
+from protomem_kernels.distributed.ranks import SeesAllRanks
 from protomem_kernels.recomputation import Replay
 from protomem_kernels.rows import unit_embeddings
 from protomem_kernels.state import StatefulModule, check_statistic
@@ -58,7 +60,7 @@ class NormQuality:
         return _finish(torch.where(ratio > 0, positive, float(self.power == 0)), labels, self.detach)
 
 
-class RecognizabilityQuality(StatefulModule):
+class RecognizabilityQuality(StatefulModule, SeesAllRanks):
     """q = clip(1 - <x, u>, 0, 1), u the running prototype of unrecognizable images that the user feeds.
 
     Args:
@@ -107,15 +109,26 @@ class RecognizabilityQuality(StatefulModule):
             check_statistic("unrecognizable", state["unrecognizable"], low=-1.01, high=1.01)  # rounded, maybe coarsely
 
     def update_unrecognizable(self, embeddings: Tensor) -> None:
-        """Move u towards the mean direction of embeddings (N, D) of images that nobody could recognize."""
-        self._check(embeddings)
+        """Move u towards the mean direction of embeddings (N, D) of images that nobody could recognize.
+
+        In a head with a process group it is collective: every rank calls with its own images, maybe none.
+        """
+        if self.ranks.alone:
+            self._check(embeddings)
+        else:
+            Agreement(self.ranks)(
+                self.unrecognizable.device,
+                lambda: self._check(embeddings),
+                lambda _: len(embeddings),
+                lambda _: {"the call": "update_unrecognizable", "momentum": self.momentum, "mode": self.mode},
+            )
         self._updated(lambda: self._update(embeddings), inputs=(embeddings,), state=(self.unrecognizable,))
 
     @torch.no_grad()
     def _update(self, embeddings: Tensor) -> None:
         x, _ = unit_embeddings(embeddings)
         finite = torch.isfinite(x).all(dim=1, keepdim=True)
-        u, _ = unit_embeddings(torch.where(finite, x, 0).sum(dim=0, keepdim=True))
+        u, _ = unit_embeddings(self.ranks.sum_(torch.where(finite, x, 0).sum(dim=0, keepdim=True)))
         known = (self.unrecognizable != 0).any()
         moved = torch.where(known, (1 - self.momentum) * self.unrecognizable + self.momentum * u[0], u[0])
         moved, _ = unit_embeddings(moved[None])

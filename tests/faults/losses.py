@@ -8,8 +8,8 @@ FAULTS = [
     Fault(
         "eval writes",
         "losses.py",
-        "if self.training else self._read(embeddings, labels)",
-        "if True else self._read(embeddings, labels)",
+        "if self.training else self._read(batch)",
+        "if True else self._read(batch)",
         T_LOSSES,
     ),
     Fault(

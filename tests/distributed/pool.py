@@ -1,0 +1,123 @@
+"""Processes that stay: started once, they form groups of two to four ranks (gloo, one thread each) and take work.
+
+What costs is starting them. A task is a function of some module of the tests, called as ``function(group, *args)`` on
+each rank of a group; what it returns comes back by rank, what it raises too.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT = 120  # seconds that a task may take
+
+
+class RankError(Exception):
+    """A task raised on some ranks.
+
+    Attributes:
+        errors: by rank, (name of the error's class, message), or None.
+    """
+
+    def __init__(self, errors: Sequence[tuple[str, str] | None], traces: Sequence[str]) -> None:
+        super().__init__("\n".join(traces))
+        self.errors = list(errors)
+
+
+def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+    """Do what comes in until nothing does."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    groups = {ranks: dist.new_group(range(ranks)) for ranks in range(1, size + 1)}
+    while True:
+        try:
+            function, ranks, seconds, args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            break
+        try:
+            # A group that a task may break is made for it alone; making one takes all processes.
+            group = groups[ranks]
+            if seconds is not None:
+                group = dist.new_group(range(ranks), timeout=timedelta(seconds=seconds))
+            answer = "done", function(group, *args) if rank < ranks else None
+        except BaseException as error:
+            answer = "raised", (type(error).__name__, str(error), f"rank {rank}: {traceback.format_exc()}")
+        connection.send_bytes(pickle.dumps(answer))
+    os._exit(0)  # a group that a task broke may not end by itself
+
+
+class Pool:
+    """Processes that wait for work."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = [], []
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, size, self._folder.name, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self.connections.append(ours)
+                self.processes.append(process)
+        finally:
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = threads
+
+    def run(
+        self, ranks: int, function: Callable[..., Any], *args: Any, breaks_within: float | None = None
+    ) -> list[Any]:
+        """Return what ``function(group, *args)`` returned on each of ``ranks`` ranks.
+
+        Args:
+            ranks: how many take part.
+            function: of a module.
+            args: the same for all.
+            breaks_within: seconds; the task gets a group of its own with this timeout, which it may break.
+
+        Raises:
+            RankError: it raised on some of them.
+            TimeoutError: it did not end.
+        """
+        task = pickle.dumps((function, ranks, breaks_within, args))
+        for connection in self.connections:
+            connection.send_bytes(task)
+        answers = []
+        for rank, connection in enumerate(self.connections):
+            if not wait([connection], TIMEOUT):
+                raise TimeoutError(f"rank {rank} did not end {function.__name__} within {TIMEOUT} s")
+            answers.append(pickle.loads(connection.recv_bytes()))
+        if any(kind == "raised" for kind, _ in answers):
+            errors = [value[:2] if kind == "raised" else None for kind, value in answers]
+            raise RankError(errors[:ranks], [value[2] for kind, value in answers if kind == "raised"])
+        return [value for _, value in answers][:ranks]
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        self._folder.cleanup()
