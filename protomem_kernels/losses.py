@@ -103,6 +103,7 @@ class _Head(nn.Module, OwnedByRank):
     def _settings(self) -> dict[str, object]:
         """Return what has to be alike on all ranks, by name."""
         return {
+            "the call": type(self).__name__,
             "margin": described(self.margin),
             "scale": self.scale,
             "mining": described(self.mining),

@@ -198,28 +198,14 @@ class PrototypeMemory(StatefulModule, OwnedByRank):
     def aggregate_owned(self, batch: Batch) -> AggregatedPrototypes:
         """Do what ``aggregate`` does with a batch that was checked and brought together."""
         rows = min(batch.embeddings.shape[0], self.shard_size)
-        labels = batch.labels if self.ranks.alone else self.owned(batch.labels)
-        return aggregate_prototypes(batch.embeddings, labels, batch.weights, max_identities=rows)
+        self._refuse_more_than_fit(batch.labels)
+        return aggregate_prototypes(batch.embeddings, self.owned(batch.labels), batch.weights, max_identities=rows)
 
     def owned(self, labels: Tensor) -> Tensor:
-        """Return the labels (N,) of all ranks' samples with -1 in place of those that other ranks own.
-
-        Raises:
-            ValueError: more identities of one owner than it has slots; on every rank alike.
-        """
+        """Return the labels (N,) of all ranks' samples with -1 in place of those that other ranks own."""
         if self.ranks.alone:
             return labels
-        owner = owners(labels, self.ranks.size)
-        if labels.shape[0] > self.shard_size:  # only then may it happen: reading values back is rare
-            distinct = labels[labels >= 0].unique()
-            most = owners(distinct, self.ranks.size).bincount(minlength=self.ranks.size)
-            if int(most.max()) > self.shard_size:
-                raise ValueError(
-                    f"labels must hold at most {self.shard_size} identities of one owner, the slots of its shard "
-                    f"(capacity {self.capacity} over {self.ranks.size} ranks), got {int(most.max())} that rank "
-                    f"{int(most.argmax())} owns"
-                )
-        return torch.where(owner == self.ranks.rank, labels, -1)
+        return torch.where(owners(labels, self.ranks.size) == self.ranks.rank, labels, -1)
 
     def enqueue(self, aggregated: AggregatedPrototypes) -> EnqueueResult:
         """Refresh or enqueue the batch's prototypes; over several ranks, those that this one owns, and not collective.
@@ -392,6 +378,18 @@ class PrototypeMemory(StatefulModule, OwnedByRank):
                 f"which rank {int(owner[at])} owns: is this the shard of another rank, or of another number of ranks?"
             )
 
+    def _refuse_more_than_fit(self, labels: Tensor) -> None:
+        """Raise on every rank alike if there are more identities of one owner than it has slots."""
+        if self.ranks.alone or labels.shape[0] <= self.shard_size:  # values are read back only where it may happen
+            return
+        most = owners(labels[labels >= 0].unique(), self.ranks.size).bincount(minlength=self.ranks.size)
+        if int(most.max()) > self.shard_size:
+            raise ValueError(
+                f"labels must hold at most {self.shard_size} identities of one owner, the slots of its shard "
+                f"(capacity {self.capacity} over {self.ranks.size} ranks), got {int(most.max())} that rank "
+                f"{int(most.argmax())} owns"
+            )
+
     def settings(self) -> dict[str, object]:
         """Return what has to be alike on all ranks, by name."""
         return {
@@ -410,7 +408,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank):
             self.identities.device,
             lambda: self.check(embeddings, labels, weights),
             len,
-            lambda _: self.settings() | batch_options(embeddings, weights),
+            lambda _: {"the call": "update", **self.settings(), **batch_options(embeddings, weights)},
         )
         rows = SharedRows(self.ranks, sizes)
         return gather_batch(rows, widened(embeddings), labels, weights, wire=embeddings.dtype, factor=1.0)

@@ -23,7 +23,7 @@ class Steps(NamedTuple):
         batches: (embeddings (N, D), labels (N,), weights (N,) or None) of all ranks.
         sizes: how many rows of each batch each rank has.
         upstreams: of each rank and step.
-        evaluated: whether the last batch is seen in ``eval()`` mode once more.
+        learning_rate: of the rows, with ``prototype_gradient="memory"``.
     """
 
     options: Mapping[str, Any]
@@ -173,13 +173,7 @@ def afterwards(loss_fn: pmk.PrototypeMemoryLoss, steps: Steps, rank: int) -> dic
         cosines, twins = loss_fn.memory.doppelgangers(mine, k=4)
     memory = loss_fn.memory
     there = memory.occupied
-    rows = dict(
-        zip(
-            memory.identities[there].tolist(),
-            zip(memory.prototypes.detach()[there], memory.stamps[there], strict=True),
-            strict=True,
-        )
-    )
+    rows = memory.identities[there], memory.prototypes.detach()[there], memory.stamps[there]
     statistics = {name: value.clone() for name, value in loss_fn.named_buffers() if not name.startswith("memory.")}
     return {
         "evaluated": evaluated,
@@ -233,26 +227,34 @@ def counted(loss_fn: pmk.PrototypeMemoryLoss, losses: Tensor, stats: Any) -> int
     return max(int(counts.sum()), 1)
 
 
-def compare(ours: Sequence[dict[str, Any]], wanted: dict[str, Any], steps: Steps, factor: float = 1.0) -> None:
-    """Hold the ranks' steps to one process's, within the tolerance of the dtype."""
-    dtype = steps.batches[0][0].dtype
-    tolerance = TOLERANCE[dtype]
+def compare(ours: Sequence[dict[str, Any]], wanted: dict[str, Any], steps: Steps, factor: float = 1.0) -> float:
+    """Hold the ranks' steps to one process's, within the tolerance of the dtype; return the largest difference.
 
-    def close(a: Any, b: Any, what: str) -> None:
+    Of a gradient relative to the largest number in it, of anything else relative to that or 1.
+    """
+    tolerance, worst = TOLERANCE[steps.batches[0][0].dtype], 0.0
+
+    def close(a: Any, b: Any, what: str, least: float = 1.0, whole: Tensor | None = None) -> None:
+        nonlocal worst
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         assert a.shape == b.shape, what
-        scale = max(float(b.abs().nan_to_num(0, 0, 0).max()) if b.numel() else 0.0, 1.0)
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")
+        assert torch.equal(a.isfinite(), b.isfinite()), what
+        if not b.numel():
+            return
+        finite = b.isfinite()
+        assert torch.equal(a[~finite].nan_to_num(7), b[~finite].nan_to_num(7)), what
+        size = max(float((b if whole is None else whole).abs().nan_to_num(0, 0, 0).max()), least)
+        difference = float((torch.where(finite, a, 0) - torch.where(finite, b, 0)).abs().max()) / size
+        assert difference <= tolerance, f"{what}: off by {difference} of {size}"
+        worst = max(worst, difference)
 
     for step, sizes in enumerate(steps.sizes):
         one = wanted["losses"][step]
         for rank, seen in enumerate(ours):
             what = f"step {step}, rank {rank}"
             close(seen["losses"][step], one if one.ndim == 0 else part(one, sizes, rank), f"loss of {what}")
-            gradient = factor * part(wanted["gradients"][step], sizes, rank)
-            largest = float(wanted["gradients"][step].abs().max()) * factor if len(wanted["gradients"][step]) else 0.0
-            difference = float((seen["gradients"][step] - gradient).abs().max()) if gradient.numel() else 0.0
-            assert difference <= tolerance * max(largest, 1e-3), f"gradient of {what}: {difference} of {largest}"
+            whole = factor * wanted["gradients"][step]
+            close(seen["gradients"][step], part(whole, sizes, rank), f"gradient of {what}", 1e-3, whole)
             if wanted["weights"][step] is not None:
                 close(seen["weights"][step], factor * part(wanted["weights"][step], sizes, rank), f"weights of {what}")
             for place, (a, b) in enumerate(zip(seen["stats"][step], wanted["stats"][step], strict=True)):
@@ -267,14 +269,12 @@ def compare(ours: Sequence[dict[str, Any]], wanted: dict[str, Any], steps: Steps
         assert seen["clock"] == wanted["clock"]
         for name, value in wanted["statistics"].items():
             close(seen["statistics"][name], value, name)
-    rows: dict[int, Any] = {}
-    for seen in ours:
-        assert not rows.keys() & seen["rows"].keys()
-        rows |= seen["rows"]
-    assert rows.keys() == wanted["rows"].keys()
-    for identity, (row, stamp) in wanted["rows"].items():
-        close(rows[identity][0], row, f"row of {identity}")
-        assert int(rows[identity][1]) == int(stamp)
+    identities, rows, stamps = (torch.cat([seen["rows"][place] for seen in ours]) for place in range(3))
+    order, one_order = identities.argsort(), wanted["rows"][0].argsort()
+    assert torch.equal(identities[order], wanted["rows"][0][one_order])
+    close(rows[order], wanted["rows"][1][one_order], "rows of the memory")
+    assert torch.equal(stamps[order], wanted["rows"][2][one_order])
+    return worst
 
 
 def run(
@@ -289,13 +289,13 @@ def run(
     weighted: bool = False,
     average: bool | int = False,
     **options: Any,
-) -> None:
-    """Hold some steps on ``ranks`` ranks to the same in one process."""
+) -> float:
+    """Hold some steps on ``ranks`` ranks to the same in one process; return the largest difference."""
     options = {"capacity": 120, "margin": "arc", "scale": 8.0, "dtype": dtype, "prototype_gradient": "none", **options}
     data = batches(steps, total, dtype=dtype, weighted=weighted, identities=identities)
     work = Steps(options, data, [cut(total, ranks, raggedness)] * steps, draw_upstreams(steps, ranks))
     ours = pool.run(ranks, shares, work, average)
-    compare(ours, alone(work), work, ranks if average is True else average or 1)
+    return compare(ours, alone(work), work, ranks if average is True else average or 1)
 
 
 def draw_upstreams(steps: int, ranks: int, seed: int = 0) -> list[list[float]]:

@@ -6,6 +6,7 @@ each rank of a group; what it returns comes back by rank, what it raises too.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -17,7 +18,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT = 120  # seconds that a task may take
+PLANTED = "PROTOMEM_MUTANT" in os.environ
+TIMEOUT = 15 if PLANTED else 120  # seconds that a task may take
 
 
 class RankError(Exception):
@@ -45,9 +47,12 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     groups = {ranks: dist.new_group(range(ranks)) for ranks in range(1, size + 1)}
     while True:
         try:
-            function, ranks, seconds, args = pickle.loads(connection.recv_bytes())
+            task = pickle.loads(connection.recv_bytes())
         except EOFError:
             break
+        if task is None:
+            break
+        function, ranks, seconds, args = task
         try:
             # A group that a task may break is made for it alone; making one takes all processes.
             group = groups[ranks]
@@ -66,7 +71,8 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        # A process that a fault is planted in has torch already, and one thread.
+        context = multiprocessing.get_context("fork" if PLANTED else "spawn")
         self.connections, self.processes = [], []
         threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -115,6 +121,8 @@ class Pool:
     def close(self) -> None:
         """End the processes."""
         for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(pickle.dumps(None))
             connection.close()
         for process in self.processes:
             process.join(10)
