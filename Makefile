@@ -18,7 +18,7 @@ CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp'
 CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
 CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test check fuzz triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
+.PHONY: train test check fuzz test-distributed triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -46,6 +46,12 @@ check: lint types $(BUILT)
 # `make test` has a minute of it. What is found is printed with the command that shows it again.
 fuzz: $(BUILT)
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
+
+# Many processes beside one: what `make test` has of it, then the whole grid of options, some twenty minutes on two cores.
+# ARGS="--ranks 2 --only 'arc, mv'" runs a part of the grid.
+test-distributed: $(BUILT)
+	$(BIN)/python -m pytest -q --no-cov tests/distributed
+	$(BIN)/python -m tests.distributed.grid $(ARGS)
 
 # The Triton kernels on the CPU, in Triton's interpreter, which runs their bodies as Python.
 triton: $(BUILT)

@@ -1,5 +1,6 @@
 """Prototype Memory for PyTorch: fused operators and modules for training embedding models on millions of identities."""
 
+from protomem_kernels import distributed
 from protomem_kernels.backends.choice import explain, use_backend
 from protomem_kernels.losses import DSoftmaxLoss, MarginSoftmaxLoss, PrototypeMemoryLoss, PrototypeMemoryStats
 from protomem_kernels.margins import (
@@ -57,6 +58,7 @@ __all__ = [
     "SoftmaxQuality",
     "SphereFace",
     "aggregate_prototypes",
+    "distributed",
     "enqueue_",
     "explain",
     "hardest_negatives",

@@ -10,14 +10,17 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 PLANTED = "PROTOMEM_MUTANT" in os.environ
 TIMEOUT = 15 if PLANTED else 120  # seconds that a task may take
 
@@ -34,8 +37,24 @@ class RankError(Exception):
         self.errors = list(errors)
 
 
-def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+def _coverage_file() -> str | None:
+    """Return where the coverage of this process goes, or None if it is not measured."""
+    if "coverage" not in sys.modules:
+        return None
+    import coverage
+
+    current = coverage.Coverage.current()
+    return None if current is None else str(current.config.data_file)
+
+
+def _serve(rank: int, size: int, folder: str, connection: Connection, coverage_file: str | None) -> None:
     """Do what comes in until nothing does."""
+    measured: Any = None
+    if coverage_file is not None:  # pytest-cov adds up the files that lie beside its own
+        import coverage
+
+        measured = coverage.Coverage(coverage_file, data_suffix=True, config_file=str(ROOT / "pyproject.toml"))
+        measured.start()
     import torch
     import torch.distributed as dist
 
@@ -62,6 +81,9 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
         except BaseException as error:
             answer = "raised", (type(error).__name__, str(error), f"rank {rank}: {traceback.format_exc()}")
         connection.send_bytes(pickle.dumps(answer))
+    if measured is not None:
+        measured.stop()
+        measured.save()
     os._exit(0)  # a group that a task broke may not end by itself
 
 
@@ -79,7 +101,9 @@ class Pool:
         try:
             for rank in range(size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, size, self._folder.name, theirs), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(rank, size, self._folder.name, theirs, _coverage_file()), daemon=True
+                )
                 process.start()
                 theirs.close()
                 self.connections.append(ours)
