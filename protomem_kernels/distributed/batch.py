@@ -241,7 +241,10 @@ class _OverflowShared(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        broken = ctx.ranks.max_((~torch.isfinite(grad)).any().to(torch.float32))
+        largest = torch.linalg.vector_norm(grad, torch.inf, dtype=torch.promote_types(grad.dtype, torch.float32))
+        broken = ctx.ranks.max_((~torch.isfinite(largest)).to(torch.float32))
+        if grad.is_cpu and not broken:  # elsewhere looking would stop the device
+            return grad, None
         return torch.where(broken > 0, grad.new_full((), float("inf")), grad), None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from tests.distributed.pool import Pool
 
 POOLS: list[Pool] = []
-RANKS = 4 if os.environ.get("PROTOMEM_DISTRIBUTED") == "grid" else 3
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +22,7 @@ def _pools() -> Iterator[list[Pool]]:
 def pool(_pools: list[Pool]) -> Iterator[Pool]:
     """The pool; another one after a task that did not end."""
     if not _pools:
-        _pools.append(Pool(RANKS))
+        _pools.append(Pool(3))
     try:
         yield _pools[-1]
     except TimeoutError:
