@@ -243,7 +243,7 @@ def compare(ours: Sequence[dict[str, Any]], wanted: dict[str, Any], steps: Steps
             return
         finite = b.isfinite()
         assert torch.equal(a[~finite].nan_to_num(7), b[~finite].nan_to_num(7)), what
-        size = max(float((b if whole is None else whole).abs().nan_to_num(0, 0, 0).max()), least)
+        size = max(float((b if whole is None else whole).double().abs().nan_to_num(0, 0, 0).max()), least)
         difference = float((torch.where(finite, a, 0) - torch.where(finite, b, 0)).abs().max()) / size
         assert difference <= tolerance, f"{what}: off by {difference} of {size}"
         worst = max(worst, difference)
@@ -288,11 +288,17 @@ def run(
     dtype: torch.dtype = torch.float64,
     weighted: bool = False,
     average: bool | int = False,
+    memory_dtype: torch.dtype | None = None,
+    broken: float | None = None,
     **options: Any,
 ) -> float:
     """Hold some steps on ``ranks`` ranks to the same in one process; return the largest difference."""
-    options = {"capacity": 120, "margin": "arc", "scale": 8.0, "dtype": dtype, "prototype_gradient": "none", **options}
+    given = {"capacity": 120, "margin": "arc", "scale": 8.0, "dtype": memory_dtype or dtype}
+    options = {**given, "prototype_gradient": "none", **options}
     data = batches(steps, total, dtype=dtype, weighted=weighted, identities=identities)
+    if broken is not None:
+        for e, _, _ in data[1:]:
+            e[9, 3] = broken
     work = Steps(options, data, [cut(total, ranks, raggedness)] * steps, draw_upstreams(steps, ranks))
     ours = pool.run(ranks, shares, work, average)
     return compare(ours, alone(work), work, ranks if average is True else average or 1)

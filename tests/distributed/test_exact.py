@@ -5,6 +5,8 @@ A part of the grid of ``test_grid.py``, which goes through all of it.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -72,3 +74,16 @@ def test_a_scale_beyond_every_offset(pool: Pool) -> None:
 
 def test_nobody_has_a_sample(pool: Pool) -> None:
     run(pool, 2, "even", total=0, steps=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mining", ["none", "mv", "curricular", "hardest"])
+def test_a_broken_embedding_shows_in_its_own_loss_alone(pool: Pool, mining: str, mode: str) -> None:
+    for value in (math.nan, math.inf):
+        run(pool, 2, "ragged", broken=value, mining=mining, prototype_gradient=mode, reduction="none")
+    run(pool, 3, "empty", broken=math.nan, mining=mining, prototype_gradient=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bfloat16_memory(pool: Pool, mode: str) -> None:
+    run(pool, 2, "ragged", dtype=torch.float32, memory_dtype=torch.bfloat16, prototype_gradient=mode, steps=3)

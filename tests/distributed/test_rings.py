@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import protomem_kernels as pmk
 from protomem_kernels.distributed.owners import mix, owners
 from tests import oracles
 from tests.distributed import cases
@@ -121,8 +123,6 @@ def near(a: Any, b: Any) -> None:
 
 def life(group: Any, total: int, sizes: Any) -> Any:
     """The memory alone: update, what it returned, doppelgangers, and the shard."""
-    import protomem_kernels as pmk
-
     memory = pmk.PrototypeMemory(61, DIM, dtype=torch.float64, process_group=group)
     rank = memory.ranks.rank
     updated = [
@@ -148,3 +148,31 @@ def test_slots_count_through_the_shards(pool: Pool) -> None:
         assert not (twins == labels[:, None]).any() or bool((known < 0).any())  # type: ignore[index]
         assert f"rank {rank} of 3" in text
         assert "capacity=61" in text
+
+
+def in_two_steps(group: Any, sizes: Any) -> Any:
+    """Aggregate, which is collective, and enqueue, which is not, beside update; the last ranks of the world alone."""
+    ranks = dist.get_world_size() - 1
+    others = dist.new_group(range(1, 1 + ranks))
+    if dist.get_rank() == 0:
+        return None
+    one, other = (pmk.PrototypeMemory(61, DIM, dtype=torch.float64, process_group=others) for _ in range(2))
+    rank = one.ranks.rank
+    assert rank == dist.get_rank() - 1
+    for e, labels, _ in cases.batches(3, sum(sizes)):
+        mine, own = part(e, sizes, rank), part(labels, sizes, rank)
+        one.update(mine, own)
+        made = other.aggregate(mine, own)
+        assert len(made.index) == sum(sizes)
+        other.enqueue(made)
+        assert torch.equal(other.lookup(own), one.lookup(own))
+    margin = pmk.PrototypeMemoryLoss(DIM, 61, margin=pmk.ElasticFace(std=0.3), process_group=others)
+    loss = margin(torch.ones(1, DIM) + rank, torch.tensor([rank]))
+    return [torch.equal(a, b) for a, b in zip(one.state, other.state, strict=True)], loss.item()
+
+
+def test_aggregate_and_enqueue_in_a_group_of_some_of_the_world(pool: Pool) -> None:
+    absent, first, *others = pool.run(pool.size, in_two_steps, [9] * (pool.size - 2) + [12])
+    assert absent is None
+    assert first[0] == [True] * 5
+    assert others == [first] * (pool.size - 2)
