@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,30 +10,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_device, check_int, check_number
-from protomem_kernels._torch import active_ddp, without_autocast
-from protomem_kernels.distributed.agreement import Agreement, described
-from protomem_kernels.distributed.batch import (
-    ONE_RANK,
-    Batch,
-    SharedRows,
-    gather_batch,
-    largest,
-    overflow_shared,
-)
-from protomem_kernels.distributed.data_parallel import OwnedByRank, refuse_unprepared
-from protomem_kernels.distributed.ranks import Ranks, hand_ranks, ranks_of
+from protomem_kernels._torch import without_autocast
+from protomem_kernels.distributed.agreement import described
+from protomem_kernels.distributed.batch import Batch, largest, overflow_shared
+from protomem_kernels.distributed.ranks import ranks_of
+from protomem_kernels.head import Head
 from protomem_kernels.identities import find_slots
 from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax
-from protomem_kernels.memory import PrototypeMemory, batch_options, sample_slots
+from protomem_kernels.memory import PrototypeMemory, sample_slots
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective, loss_over_banks, margin_softmax_loss
 from protomem_kernels.ops import hardest_negatives
 from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
-from protomem_kernels.rows import accumulation_dtype, normalize_rows_, refreshed_rows, widened_for_loss
+from protomem_kernels.rows import normalize_rows_, refreshed_rows
 from protomem_kernels.shards import ShardedBanks
-from protomem_kernels.state import check_parts
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
 PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
@@ -61,100 +53,7 @@ class PrototypeMemoryStats(NamedTuple):
     left: Tensor
 
 
-class _Head(nn.Module, OwnedByRank):
-    """A training head: what its parts cannot load is refused before the first of them has changed.
-
-    Over several ranks it agrees with the other ranks' heads on each batch, and brings the parts of it together.
-    """
-
-    ranks: Ranks
-    margin: AnyMargin
-    scale: float
-    mining: MiningRule | None
-    reduction: str
-
-    def _share(self, ranks: Ranks, average_gradients: bool | int, equal_batches: bool, *parts: object) -> None:
-        """Set up how batches are shared: with whom, what gradients are multiplied by, and whether sizes are told."""
-        if not isinstance(average_gradients, bool):
-            check_int("average_gradients", average_gradients, at_least=1)
-        if not isinstance(equal_batches, bool):
-            raise TypeError(f"equal_batches must be a bool, got {type(equal_batches).__name__}")
-        self.ranks = ranks
-        self.average_gradients, self.equal_batches = average_gradients, equal_batches
-        self._agree = Agreement(ranks, equal_batches)
-        hand_ranks(ranks, *parts)
-
-    def owned_by_rank(self) -> Iterator[str]:
-        """Return the names of what no other rank may overwrite: with a process group, all buffers and parameters."""
-        if not self.ranks.alone:
-            yield from (name for name, _ in self.named_buffers())
-            yield from self._sharded_parameters()
-
-    def _sharded_parameters(self) -> Iterator[str]:
-        raise NotImplementedError
-
-    def _device(self) -> torch.device:
-        raise NotImplementedError
-
-    def _checked(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Check this rank's arguments and return labels as a tensor."""
-        raise NotImplementedError
-
-    def _settings(self) -> dict[str, object]:
-        """Return what has to be alike on all ranks, by name."""
-        return {
-            "the call": type(self).__name__,
-            "margin": described(self.margin),
-            "scale": self.scale,
-            "mining": described(self.mining),
-            "reduction": self.reduction,
-            "average_gradients": self.average_gradients,
-            "training": self.training,
-        }
-
-    def _gathered(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None, return_stats: bool) -> _Gathered:
-        """Check a batch, on several ranks together with the others, and bring it together.
-
-        Returns:
-            the batch, and the function that the loss passes through (``widened_for_loss``).
-        """
-        if active_ddp() is not None:
-            refuse_unprepared(self)
-        if self.ranks.alone:
-            labels = self._checked(embeddings, labels, weights)
-            embeddings, passed = widened_for_loss(embeddings)
-            return _Gathered(Batch(embeddings, labels, weights, ONE_RANK), passed)
-        labels, sizes = self._agree(
-            self._device(),
-            lambda: self._checked(embeddings, labels, weights),
-            len,
-            lambda _: self._settings() | batch_options(embeddings, weights) | {"return_stats": return_stats},
-        )
-        wire = embeddings.dtype
-        embeddings, passed = widened_for_loss(embeddings)
-        batch = gather_batch(
-            SharedRows(self.ranks, sizes),
-            embeddings.to(accumulation_dtype(wire)),  # so that gradients add up in it
-            labels,
-            weights,
-            wire=wire,
-            factor=float(self.ranks.size if self.average_gradients is True else self.average_gradients or 1),
-        )
-        return _Gathered(batch, passed)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_parts(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _Gathered(NamedTuple):
-    """A batch of all ranks, and the function that its loss passes through."""
-
-    batch: Batch
-    passed: Callable[[Tensor], Tensor]
-
-
-class PrototypeMemoryLoss(_Head):
+class PrototypeMemoryLoss(Head):
     """Margin softmax against a circular memory of prototypes: one training head, no class count anywhere.
 
     A step in training mode: quality weights, aggregation, enqueue or refresh, loss against the whole memory; so every
@@ -419,7 +318,7 @@ def _show_broken(targets: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
     return torch.where(broken, 0, targets)
 
 
-class MarginSoftmaxLoss(_Head):
+class MarginSoftmaxLoss(Head):
     """Margin softmax over learnable class weights: what an ArcFace head is, with the (B, C) logits never materialised.
 
     Args:

@@ -19,7 +19,7 @@ from protomem_kernels._checks import (
     check_weights,
 )
 from protomem_kernels.distributed.agreement import Agreement
-from protomem_kernels.distributed.batch import ONE_RANK, Batch, Rows, SharedRows, gather_batch, largest
+from protomem_kernels.distributed.batch import ONE_RANK, Batch, Rows, SharedRows, batch_options, gather_batch, largest
 from protomem_kernels.distributed.data_parallel import OwnedByRank, warn_of_own_memory
 from protomem_kernels.distributed.owners import owners
 from protomem_kernels.distributed.ranks import ranks_of
@@ -449,17 +449,6 @@ class PrototypeMemory(StatefulModule, OwnedByRank):
     def __getstate__(self) -> dict[str, Any]:
         """Have copies and pickles validate their state once: a copy may be written by what averages weights."""
         return self.__dict__ | {"_known": None}
-
-
-def batch_options(embeddings: Tensor, weights: Tensor | None) -> dict[str, object]:
-    """Return what has to be alike of the ranks' batches, by name."""
-    differentiated = torch.is_grad_enabled()
-    return {
-        "the embeddings' dtype": embeddings.dtype,
-        "the weights' dtype": None if weights is None else weights.dtype,
-        "whether embeddings require a gradient": differentiated and embeddings.requires_grad,
-        "whether weights require a gradient": differentiated and weights is not None and weights.requires_grad,
-    }
 
 
 def _on_device(labels: Tensor, identities: Tensor) -> Tensor:

@@ -120,6 +120,17 @@ class Batch(NamedTuple):
     rows: Rows
 
 
+def batch_options(embeddings: Tensor, weights: Tensor | None) -> dict[str, object]:
+    """Return what has to be alike of the ranks' batches, by name."""
+    differentiated = torch.is_grad_enabled()
+    return {
+        "the embeddings' dtype": embeddings.dtype,
+        "the weights' dtype": None if weights is None else weights.dtype,
+        "whether embeddings require a gradient": differentiated and embeddings.requires_grad,
+        "whether weights require a gradient": differentiated and weights is not None and weights.requires_grad,
+    }
+
+
 def gather_batch(
     rows: SharedRows,
     embeddings: Tensor,
