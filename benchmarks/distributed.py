@@ -14,9 +14,11 @@ import multiprocessing
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 STEPS = 3
+OPERATIONS, BANDWIDTH = 400e12, 50e9  # per second: assumed of a GPU for the plot, measured of none
 
 
 def _work(rank: int, ranks: int, threads: int, options: argparse.Namespace, folder: str, pipe: Any) -> None:
@@ -94,11 +96,49 @@ def predicted(batch: int, dim: int, ranks: int) -> int:
     return batch * (8 * dim + 8) * (ranks - 1) + 12 * batch * ranks + 20 * (ranks - 1)
 
 
+def plot(path: Path, options: argparse.Namespace) -> None:
+    """Draw the formula: bytes, with those counted on 2 to 4 processes, and the time that it predicts for GPUs."""
+    from matplotlib.figure import Figure
+
+    each, ranks = options.batch // options.ranks, [2, 3, 4]
+    counted = []
+    for count in ranks:
+        asked = argparse.Namespace(ranks=count, batch=each * count, dim=options.dim, capacity=20_000, rounds=0)
+        counted.append(measure(asked)[3])
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    sizes, times = figure.subplots(1, 2)
+    every = list(range(2, 9))
+    sizes.plot(every, [predicted(each, options.dim, w) / 1e6 for w in every], color="#1f6fb4", label="formula")
+    sizes.plot(ranks, [size / 1e6 for size in counted], "o", color="#b4381f", label="counted, gloo processes")
+    sizes.set(xlabel="ranks W", ylabel="MB per rank and step", title=f"{each} samples per rank, D = {options.dim}")
+    many = [2**power for power in range(1, 11)]
+    exchanged = [predicted(each, options.dim, w) / BANDWIDTH * 1e3 for w in many]
+    times.loglog(many, exchanged, color="#b4381f", label="collectives")
+    for slots, shade in ((1e6, "#9cc3e6"), (1e7, "#1f6fb4"), (1e8, "#0d3a63")):
+        products = 4 * each * options.dim * slots / OPERATIONS * 1e3
+        name = f"products and collectives, M = {slots / 1e6:.0f} million"
+        times.loglog(many, [products + one for one in exchanged], color=shade, label=name)
+    assumed = f"predicted for {OPERATIONS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e9:.0f} GB/s, nothing overlapped"
+    times.set(xlabel="ranks W", ylabel="ms per step")
+    times.set_title(assumed, fontsize=11)
+    for axes in (sizes, times):
+        axes.legend(frameon=False, fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    for count, size in zip(ranks, counted, strict=True):
+        print(f"W = {count}: {size} bytes, by the formula {predicted(each, options.dim, count)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
     for name, value in (("ranks", 2), ("capacity", 100_000), ("batch", 512), ("dim", 512), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--plot", type=Path, help="draw the formula into this file instead of measuring times")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(options.plot, options)
+        return
     (one, many), (one_busy, many_busy), held, sent = measure(options)
     model = predicted(options.batch // options.ranks, options.dim, options.ranks)
     print(f"B = {options.batch} in all, M = {options.capacity} ({held} in use), D = {options.dim}")
