@@ -24,6 +24,8 @@ from protomem_kernels.data.sampling import IdentityBatchSampler
 def main(steps: int = 150) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)  # the same encoder everywhere
@@ -37,9 +39,11 @@ def main(steps: int = 150) -> None:
         *(nn.Flatten(), nn.Linear(64 * 14 * 12, 128)),
     ).to(device)
     model = DistributedDataParallel(encoder)
-    # 32 slots in all, half of them on each of two ranks; every rank's images meet the prototypes of all.
+    # The capacity is that of all ranks together; every rank's images meet the prototypes of all.
+    group = dist.group.WORLD
+    capacity = 32 * dist.get_world_size()
     loss_fn = pmk.PrototypeMemoryLoss(
-        128, capacity=32, margin=pmk.ArcFace(0.3), scale=24.0, device=device, process_group=dist.group.WORLD
+        128, capacity, margin=pmk.ArcFace(0.3), scale=24.0, device=device, process_group=group
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     sampler = IdentityBatchSampler(train.labels, identities_per_batch=8, images_per_identity=4)  # this rank's share

@@ -85,6 +85,7 @@ class PrototypeMemoryLoss(Head):
         average_gradients: the embeddings' gradient (and the weights', where they have one) is that of the global loss
             times the number of ranks, since ``DistributedDataParallel`` averages the encoder's gradients later. False:
             without that factor; a number: that of the ranks over which the encoder is averaged, if others than these.
+            Nothing to this process alone.
         equal_batches: promise that every rank's batch has the same size in each step, so that no step waits for
             numbers of the other ranks: each size is agreed on once. What one rank refuses later, the others learn from
             the timeout of the group alone.

@@ -166,12 +166,17 @@ def test_a_refused_step_does_no_harm(pool: Pool) -> None:
 
 def absent(group: Any, what: str) -> Any:
     """Rank 1 never calls; rank 0 says how long it waited and for what."""
+    loss = None
+    if what == "backward":  # forward, it does
+        e = torch.randn(2, DIM, requires_grad=True)
+        loss = pmk.PrototypeMemoryLoss(DIM, 8, process_group=group)(e, torch.arange(2))
     if dist.get_rank(group) == 1:
         return None
     memory = pmk.PrototypeMemory(8, DIM, process_group=group)
     calls: dict[str, Callable[[], Any]] = {
         "update": lambda: memory.update(torch.randn(2, DIM), torch.arange(2)),
         "doppelgangers": lambda: memory.doppelgangers(torch.arange(2), 1),
+        "backward": lambda: loss.backward(),
     }
     start = time.monotonic()
     try:
@@ -180,7 +185,7 @@ def absent(group: Any, what: str) -> Any:
         return str(error), time.monotonic() - start, int(memory.clock)
 
 
-@pytest.mark.parametrize("what", ["update", "doppelgangers"])
+@pytest.mark.parametrize("what", ["update", "doppelgangers", "backward"])
 def test_a_rank_that_never_calls(pool: Pool, what: str) -> None:
     message, seconds, clock = pool.run(2, absent, what, breaks_within=2.0)[0]
     assert message.startswith("rank 0 of 2 waited in vain for the others in all_gather: every rank of process")
