@@ -127,7 +127,7 @@ class CurricularFace(StatefulModule, MiningRule):
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raise if t is no mean of cosines."""
         if "t" in state:
-            check_statistic("t", state["t"], low=-1.001, high=1.001)  # cosines are rounded, and so was what is loaded
+            check_statistic("t", state["t"], low=-1.01, high=1.01)  # prototypes are rounded, maybe coarsely
 
     @torch.no_grad()
     def _update(self, cosine: Tensor, counts: Tensor) -> None:

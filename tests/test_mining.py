@@ -172,6 +172,19 @@ def test_curricular_face_defaults():
     assert repr(rule) == "CurricularFace(momentum=0.01)"
 
 
+def test_curricular_face_loads_what_it_makes_of_a_bfloat16_memory():
+    """Whose rows are a little longer than 1, and so are cosines to them."""
+    turns = torch.linspace(0, 2 * math.pi, 1000, dtype=torch.float64)
+    rows = torch.stack([turns.cos(), turns.sin()], dim=1).bfloat16()
+    longest = rows[rows.double().norm(dim=1).argmax()][None]
+    rule = CurricularFace(momentum=1.0)
+    margin_softmax_loss(longest.float(), longest, torch.tensor([0]), mining=rule)
+    assert float(rule.t) > 1.001
+    loaded = CurricularFace()
+    loaded.load_state_dict(rule.state_dict())
+    assert torch.equal(loaded.t, rule.t)
+
+
 @pytest.mark.parametrize("ignored", [range(13), range(0)], ids=["all ignored", "empty batch"])
 def test_curricular_face_t_stays_without_samples(ignored):
     problem = Problem(0, batch=len(ignored), ignored=ignored)
