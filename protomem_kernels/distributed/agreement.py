@@ -69,7 +69,8 @@ class Agreement:
             _raise_what_was_refused(ranks, refused)
         if any(fingerprint != told[0][0] for fingerprint, _ in told):
             _raise_what_differs(ranks, given)
-        self._agreed.add(key)
+        if self.equal_sizes:
+            self._agreed.add(key)
         return checked, tuple(rows for _, rows in told)
 
 
