@@ -14,6 +14,7 @@ from protomem_kernels._torch import without_autocast
 from protomem_kernels.distributed.agreement import described
 from protomem_kernels.distributed.batch import Batch, largest, overflow_shared
 from protomem_kernels.distributed.ranks import ranks_of
+from protomem_kernels.distributed.resharding import KeptInShards, Shard
 from protomem_kernels.head import Head
 from protomem_kernels.identities import find_slots
 from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax
@@ -319,7 +320,7 @@ def _show_broken(targets: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
     return torch.where(broken, 0, targets)
 
 
-class MarginSoftmaxLoss(Head):
+class MarginSoftmaxLoss(Head, KeptInShards):
     """Margin softmax over learnable class weights: what an ArcFace head is, with the (B, C) logits never materialised.
 
     Args:
@@ -443,6 +444,10 @@ class MarginSoftmaxLoss(Head):
         order = torch.rand(rows + 1, device=targets.device)
         order = order.index_fill_(0, torch.where(targets < 0, rows, targets), 2.0)[:rows]
         return order.topk(count).indices.sort().values
+
+    def shards(self) -> dict[str, Shard]:
+        """Return the class weights as this rank's rows of all."""
+        return {"weight": Shard(self.weight, self.first_class, self.num_classes)}
 
     def _sharded_parameters(self) -> Iterator[str]:
         yield "weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,17 +24,20 @@ from protomem_kernels.distributed.batch import ONE_RANK, Batch, Rows, SharedRows
 from protomem_kernels.distributed.data_parallel import OwnedByRank, warn_of_own_memory
 from protomem_kernels.distributed.owners import owners
 from protomem_kernels.distributed.ranks import ranks_of
+from protomem_kernels.distributed.resharding import KeptInShards, Saved, Shard, laid, oldest_first
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops import aggregate_prototypes, hardest_negatives
 from protomem_kernels.ops.enqueue import POLICIES, enqueue_keeping_previous_
 from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.recomputation import Replay, version
-from protomem_kernels.rows import accumulation_dtype, normalize_rows_, widened
+from protomem_kernels.rows import AT_A_TIME, accumulation_dtype, normalize_rows_, widened
 from protomem_kernels.state import StatefulModule
 from protomem_kernels.types import AggregatedPrototypes, EnqueueResult, MemoryState
 
+_LOG = logging.getLogger(__name__)
 
-class PrototypeMemory(StatefulModule, OwnedByRank):
+
+class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
     """A limited memory of recent prototypes: made from the batch, refreshed on return, the oldest dequeued.
 
     The five state tensors are persistent buffers (``prototypes`` a parameter if ``learnable``): ``state_dict()``
@@ -320,6 +324,59 @@ class PrototypeMemory(StatefulModule, OwnedByRank):
             )
         loaded.validate("")
         self._refuse_others_identities("", loaded.identities)
+
+    def shards(self) -> dict[str, Shard]:
+        """Return the five tensors as this rank's part of all ranks': of ``cursor`` and ``clock``, one number each."""
+        rank, size = self.ranks.rank, self.ranks.size
+        rows = ("prototypes", "identities", "stamps")
+        return {
+            **{name: Shard(getattr(self, name), rank * self.shard_size, size * self.shard_size) for name in rows},
+            **{name: Shard(getattr(self, name).reshape(1), rank, size) for name in ("cursor", "clock")},
+        }
+
+    def from_saved(self, saved: Saved) -> dict[str, Tensor]:
+        """Return the five tensors of a memory that any number of ranks saved.
+
+        As many ranks with as many slots each: as they were. Otherwise the rows that this rank owns, laid from slot 0 on
+        in the order in which they would be overwritten, and the cursor after the last.
+
+        Raises:
+            ValueError: what was saved is of another embedding size.
+        """
+        total, embedding_dim = saved.shape("prototypes")
+        if embedding_dim != self.embedding_dim:
+            raise ValueError(f"prototypes must have embedding_dim {self.embedding_dim}, got {embedding_dim}")
+        (ranks,) = saved.shape("cursor")
+        if (ranks, total // ranks) == (self.ranks.size, self.shard_size):
+            loaded = super().from_saved(saved)
+            return loaded | {name: loaded[name].reshape(()) for name in ("cursor", "clock")}
+        identities, stamps = saved.read("identities"), saved.read("stamps")
+        order = (
+            oldest_first(saved.read("cursor"), total // ranks)
+            if self.policy == "fifo"
+            else stamps.argsort(stable=True)  # between equals the lower slot comes first, as it would be overwritten
+        )
+        order = order[identities[order] >= 0]
+        mine, dropped = laid(identities[order], self.ranks.size, self.ranks.rank, self.shard_size)
+        if dropped and self.ranks.rank == 0:
+            _LOG.warning(
+                "%d of %d identities were dropped, the oldest of those that %d x %d slots have no place for",
+                dropped,
+                len(order),
+                self.ranks.size,
+                self.shard_size,
+            )
+        slots = order[mine]
+        state = MemoryState.empty(self.shard_size, embedding_dim, dtype=self.prototypes.dtype)
+        state.identities[: len(slots)], state.stamps[: len(slots)] = identities[slots], stamps[slots]
+        at_a_time = AT_A_TIME // embedding_dim + 1
+        for start in range(0, total, at_a_time):
+            rows = saved.read("prototypes", start, min(at_a_time, total - start))
+            into = ((slots >= start) & (slots < start + len(rows))).nonzero()[:, 0]
+            state.prototypes[into] = rows[slots[into] - start]
+        state.cursor.fill_(len(slots) % self.shard_size)
+        state.clock.copy_(saved.read("clock").max())
+        return state._asdict()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

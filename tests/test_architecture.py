@@ -43,7 +43,7 @@ BELOW: dict[str, set[str]] = {
     "state": {"recomputation"},
     "recomputation": {"_torch"},
     "ops": {"backends", "distributed"},
-    "distributed": {"types", "_torch", "_warnings"},
+    "distributed": {"types", "state", "_files", "_torch", "_warnings"},
     "backends": {"rows", "identities", "types", "_files", "_installed", "_switches", "_torch", "_warnings"},
     "identities": {"_checks"},
     "rows": {"types"},

@@ -77,6 +77,7 @@ class Group(Ranks):
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self._aside: dist.ProcessGroup | None = None
 
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.size}"
@@ -131,6 +132,20 @@ class Group(Ranks):
         values: list[Any] = [None] * self.size
         self._call("all_gather_object", 0, lambda: dist.all_gather_object(values, value, group=self.group))
         return values
+
+    def aside(self) -> dist.ProcessGroup:
+        """Return a gloo group of the same ranks, for another thread's collectives; made by the first call, of all.
+
+        Raises:
+            ValueError: these ranks are some of the world: PyTorch has all ranks make a group, whoever is in it.
+        """
+        if self.size != dist.get_world_size():
+            raise ValueError(
+                f"process_group must be all {dist.get_world_size()} ranks for this, got {self.size} of them"
+            )
+        if self._aside is None:
+            self._aside = dist.new_group(backend="gloo")
+        return self._aside
 
     def _call(self, name: str, size: int, collective: Callable[[], Any]) -> None:
         self.calls[name] += 1

@@ -8,6 +8,7 @@ T_REFUSALS = "tests/distributed/test_refusals.py"
 T_TRAINING = "tests/distributed/test_training.py"
 T_CLASSES = "tests/distributed/test_class_weights.py"
 T_COLLECTIVES = "tests/distributed/test_collectives.py"
+T_CHECKPOINTS = "tests/distributed/test_checkpoints.py"
 SAME_ERROR = f"{T_REFUSALS}::test_the_same_error_on_every_rank_before_any_write"
 
 FAULTS = [
@@ -178,5 +179,96 @@ FAULTS = [
         "int(torch.randint(2**62, ())) + self.ranks.rank",
         "int(torch.randint(2**62, ()))",
         f"{T_CLASSES}::test_shards_begin_with_different_rows",
+    ),
+    Fault(
+        "rows are laid newest first",
+        "distributed/resharding.py",
+        "argsort(descending=True, stable=True)",
+        "argsort(descending=False, stable=True)",
+        f"{T_CHECKPOINTS}::test_overflow_is_that_of_a_model",
+    ),
+    Fault(
+        "a ring's cursor counts as its newest row",
+        "distributed/resharding.py",
+        "cursors[:, None] - 1 - slots",
+        "cursors[:, None] - slots",
+        f"{T_CHECKPOINTS}::test_overflow_is_that_of_a_model",
+    ),
+    Fault(
+        "overflow drops the newest",
+        "distributed/resharding.py",
+        ".nonzero()[:, 0][-slots:]",
+        ".nonzero()[:, 0][:slots]",
+        f"{T_CHECKPOINTS}::test_overflow_is_that_of_a_model",
+    ),
+    Fault(
+        "an lru memory is laid as a ring",
+        "memory.py",
+        'if self.policy == "fifo"\n            else stamps',
+        "if self.policy\n            else stamps",
+        f"{T_CHECKPOINTS}::test_overflow_is_that_of_a_model",
+    ),
+    Fault(
+        "the cursor stays at the first slot",
+        "memory.py",
+        "state.cursor.fill_(len(slots) % self.shard_size)",
+        "state.cursor.fill_(0)",
+        f"{T_CHECKPOINTS}::test_training_goes_on_with_another_number_of_ranks",
+    ),
+    Fault(
+        "as many ranks lay rows anew",
+        "memory.py",
+        "if (ranks, total // ranks) == (self.ranks.size, self.shard_size):",
+        "if ranks == 0:",
+        f"{T_CHECKPOINTS}::test_as_many_ranks_resume_bit_for_bit",
+    ),
+    Fault(
+        "checksums are not compared",
+        "distributed/storage.py",
+        "if digest.hexdigest() != place.sha256:",
+        "if digest.hexdigest() is None:",
+        f"{T_CHECKPOINTS}::test_a_damaged_checkpoint_is_refused_on_every_rank",
+    ),
+    Fault(
+        "only the first share of a checkpoint is verified",
+        "distributed/storage.py",
+        "[share::shares]",
+        "[:1]",
+        f"{T_CHECKPOINTS}::test_a_damaged_checkpoint_is_refused_on_every_rank",
+    ),
+    Fault(
+        "a changed manifest is believed",
+        "distributed/storage.py",
+        'if written["sha256"] != self.digest:',
+        'if written["sha256"] is None:',
+        f"{T_CHECKPOINTS}::test_a_damaged_checkpoint_is_refused_on_every_rank",
+    ),
+    Fault(
+        "a save writes over the files of the last one",
+        "distributed/storage.py",
+        "save = secrets.token_hex(8)",
+        "save = len(secrets.token_hex(8))",
+        f"{T_CHECKPOINTS}::test_a_rank_killed_in_mid_save_leaves_the_last_checkpoint",
+    ),
+    Fault(
+        "killed saves are left lying",
+        "distributed/storage.py",
+        "            if path.name not in files:\n",
+        "            if path.name is None:\n",
+        f"{T_CHECKPOINTS}::test_a_rank_killed_in_mid_save_leaves_the_last_checkpoint",
+    ),
+    Fault(
+        "ranks may load different checkpoints",
+        "distributed/checkpoints.py",
+        '{"the call": "load", "the checkpoint": read[1].digest}',
+        '{"the call": "load"}',
+        f"{T_CHECKPOINTS}::test_ranks_must_mean_the_same_checkpoint",
+    ),
+    Fault(
+        "a save in the background copies nothing",
+        "distributed/checkpoints.py",
+        'tensor.detach().to("cpu", copy=True)',
+        'tensor.detach().to("cpu")',
+        f"{T_CHECKPOINTS}::test_training_goes_on_while_a_save_is_written",
     ),
 ]
