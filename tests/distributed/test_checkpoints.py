@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -424,6 +425,63 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match=r"could not save .*file, whose last checkpoint is as it was: "):
         pmk.distributed.save(tmp_path / "file", pmk.MarginSoftmaxLoss(3, 2))
+
+
+def full(group: Any, path: Path, in_background: bool) -> tuple[str, list[str], bool]:
+    """Save, and again with a rank that has no room; return the error, what was logged, whether the first is left."""
+    loss_fn, said = pmk.MarginSoftmaxLoss(90, DIM, process_group=group), Said()
+    pmk.distributed.save_async(path, loss_fn).result(60)  # its group is made while the disk has room
+    before = held(loss_fn)
+    loss_fn.reset_parameters()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that it is an OSError, as where a disk is full
+    logging.getLogger("protomem_kernels").addHandler(said)
+    if loss_fn.ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    message = ""
+    try:
+        if in_background:
+            message = str(pmk.distributed.save_async(path, loss_fn).exception(60))
+        else:
+            pmk.distributed.save(path, loss_fn)
+    except RuntimeError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signals)
+    time.sleep(0.1 if in_background else 0)  # what waits for a future may be told before those whom it calls
+    logging.getLogger("protomem_kernels").removeHandler(said)
+    pmk.distributed.load(path, loss_fn)
+    return message, said.lines, same(held(loss_fn), before)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_of_one_rank_is_an_error_on_all(pool: Pool, in_background: bool, tmp_path: Path) -> None:
+    answers = pool.run(pool.size, full, tmp_path, in_background)
+    for rank, (message, said, kept) in enumerate(answers):
+        assert message.startswith(
+            f"rank {rank} of {pool.size} could not save {tmp_path}, whose last checkpoint is as it"
+        )
+        assert message.endswith("File too large (rank 1)")
+        assert said == ([message] if in_background else [])
+        assert kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("learnable", [False, True])
+def test_rows_of_every_kind(dtype: torch.dtype, learnable: bool, tmp_path: Path) -> None:
+    small = pmk.PrototypeMemory(8, DIM, dtype=dtype, learnable=learnable)
+    large = pmk.PrototypeMemory(12, DIM, dtype=dtype, learnable=learnable)
+    for start in range(0, 12, 4):
+        small.update(torch.randn(4, DIM), torch.arange(start, start + 4))
+    pmk.distributed.save(tmp_path, small)
+    parameters = dict(large.named_parameters())
+    pmk.distributed.load(tmp_path, large)
+    assert large.identities.tolist() == [*range(4, 12), -1, -1, -1, -1]
+    assert torch.equal(large.prototypes[:8], small.prototypes[small.lookup(torch.arange(4, 12))])
+    assert (int(large.cursor), int(large.clock)) == (8, 3)
+    large.state.validate()
+    assert all(value is parameters[name] for name, value in large.named_parameters())
 
 
 # A rank that is killed

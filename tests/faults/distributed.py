@@ -271,4 +271,18 @@ FAULTS = [
         'tensor.detach().to("cpu")',
         f"{T_CHECKPOINTS}::test_training_goes_on_while_a_save_is_written",
     ),
+    Fault(
+        "a save in the background fails in silence",
+        "distributed/checkpoints.py",
+        "    saved.add_done_callback(_tell)\n",
+        "",
+        f"{T_CHECKPOINTS}::test_a_full_disk_of_one_rank_is_an_error_on_all",
+    ),
+    Fault(
+        "rows are placed by their place in the piece that was read",
+        "memory.py",
+        "rows[slots[into] - start]",
+        "rows[into]",
+        f"{T_CHECKPOINTS}::test_rows_of_every_kind",
+    ),
 ]
