@@ -19,6 +19,7 @@ from typing import Any
 
 STEPS = 3
 OPERATIONS, BANDWIDTH = 400e12, 50e9  # per second: assumed of a GPU for the plot, measured of none
+TOGETHER = 8192  # samples of all ranks in the plot of a fixed batch
 
 
 def _work(rank: int, ranks: int, threads: int, options: argparse.Namespace, folder: str, pipe: Any) -> None:
@@ -91,7 +92,7 @@ def measure(options: argparse.Namespace) -> tuple[list[float], list[float], int,
     return best, busy, sum(held for held, _ in ready[1]), ready[1][0][1]
 
 
-def predicted(batch: int, dim: int, ranks: int) -> int:
+def predicted(batch: float, dim: int, ranks: int) -> float:
     """The formula of docs/distributed.md: bytes per rank and step of ``batch`` samples per rank, in float32."""
     return batch * (8 * dim + 8) * (ranks - 1) + 12 * batch * ranks + 20 * (ranks - 1)
 
@@ -105,26 +106,37 @@ def plot(path: Path, options: argparse.Namespace) -> None:
     for count in ranks:
         asked = argparse.Namespace(ranks=count, batch=each * count, dim=options.dim, capacity=20_000, rounds=0)
         counted.append(measure(asked)[3])
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    sizes, times = figure.subplots(1, 2)
+    figure = Figure(figsize=(16, 4.4), layout="constrained")
+    sizes, times, fixed = figure.subplots(1, 3)
     every = list(range(2, 9))
     sizes.plot(every, [predicted(each, options.dim, w) / 1e6 for w in every], color="#1f6fb4", label="formula")
     sizes.plot(ranks, [size / 1e6 for size in counted], "o", color="#b4381f", label="counted, gloo processes")
     sizes.set(xlabel="ranks W", ylabel="MB per rank and step", title=f"{each} samples per rank, D = {options.dim}")
-    many = [2**power for power in range(1, 11)]
-    exchanged = [predicted(each, options.dim, w) / BANDWIDTH * 1e3 for w in many]
-    times.loglog(many, exchanged, color="#b4381f", label="collectives")
-    for slots, shade in ((1e6, "#9cc3e6"), (1e7, "#1f6fb4"), (1e8, "#0d3a63")):
-        products = 4 * each * options.dim * slots / OPERATIONS * 1e3
-        name = f"products and collectives, M = {slots / 1e6:.0f} million"
-        times.loglog(many, [products + one for one in exchanged], color=shade, label=name)
-    assumed = f"predicted for {OPERATIONS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e9:.0f} GB/s, nothing overlapped"
-    times.set(xlabel="ranks W", ylabel="ms per step")
-    times.set_title(assumed, fontsize=11)
-    for axes in (sizes, times):
-        axes.legend(frameon=False, fontsize=9)
+    many = [2**power for power in range(11)]
+    for axes, batches, what in (
+        (times, [each] * len(many), f"{each} samples per rank"),
+        (fixed, [TOGETHER / w for w in many], f"{TOGETHER} samples in all"),
+    ):
+        sent = [predicted(b, options.dim, w) for b, w in zip(batches, many, strict=True)]
+        exchanged = [0.0, *(one / BANDWIDTH * 1e3 for one in sent[1:])]  # one rank alone sends nothing
+        axes.loglog(many[1:], exchanged[1:], color="#b4381f", label="collectives alone")
+        for slots, shade in ((1e6, "#9cc3e6"), (1e7, "#1f6fb4"), (1e8, "#0d3a63")):
+            products = [4 * b * options.dim * slots / OPERATIONS * 1e3 for b in batches]
+            took = [one + other for one, other in zip(products, exchanged, strict=True)]
+            axes.loglog(many, took, color=shade, label=f"a step, M = {slots / 1e6:.0f} million")
+            as_long = slots * BANDWIDTH / (2 * OPERATIONS)  # W at which the products take as long as the collectives
+            if as_long <= many[-1]:
+                axes.axvline(as_long, color=shade, linestyle=":")
+        axes.set(xlabel="ranks W", ylabel="ms per step", title=f"PREDICTED: {what}")
+    for axes in (sizes, times, fixed):
+        axes.legend(framealpha=1, edgecolor="none", fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(
+        f"Predicted from {OPERATIONS / 1e12:.0f} TFLOP/s and {BANDWIDTH / 1e9:.0f} GB/s with nothing overlapped, "
+        "measured on no GPU. Dotted: products take as long as collectives",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=130, metadata={"Software": None})
     for count, size in zip(ranks, counted, strict=True):
         print(f"W = {count}: {size} bytes, by the formula {predicted(each, options.dim, count)}")
