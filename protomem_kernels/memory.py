@@ -432,7 +432,8 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
             at = int((owner != self.ranks.rank).int().argmax())
             raise ValueError(
                 f"{of}identities must be those that {self.ranks!r} owns, got {int(identities[at])} at index {at}, "
-                f"which rank {int(owner[at])} owns: is this the shard of another rank, or of another number of ranks?"
+                f"which rank {int(owner[at])} owns: is this the shard of another rank, or of another number of ranks? "
+                "What protomem_kernels.distributed.save has saved, load gives to any number of ranks"
             )
 
     def _refuse_more_than_fit(self, labels: Tensor) -> None:

@@ -264,5 +264,5 @@ def test_states_stay_with_their_rank(pool: Pool) -> None:
     assert sum(held for _, held, _, _ in told) == 12
     for rank, (refused, _, clock, foreign) in enumerate(told):
         assert f"identities must be those that rank {rank} of 2 owns" in refused
-        assert "is this the shard of another rank, or of another number of ranks?" in refused
+        assert "is this the shard of another rank, or of another number of ranks? What protomem_kernels.dist" in refused
         assert (clock, foreign) == (1, -1)
