@@ -369,11 +369,12 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         slots = order[mine]
         state = MemoryState.empty(self.shard_size, embedding_dim, dtype=self.prototypes.dtype)
         state.identities[: len(slots)], state.stamps[: len(slots)] = identities[slots], stamps[slots]
-        at_a_time = AT_A_TIME // embedding_dim + 1
-        for start in range(0, total, at_a_time):
-            rows = saved.read("prototypes", start, min(at_a_time, total - start))
-            into = ((slots >= start) & (slots < start + len(rows))).nonzero()[:, 0]
-            state.prototypes[into] = rows[slots[into] - start]
+        places = torch.full((total,), -1).index_copy_(0, slots, torch.arange(len(slots)))  # of every saved row
+        start = 0
+        for into in places.split(AT_A_TIME // embedding_dim + 1):
+            rows, taken = saved.read("prototypes", start, len(into)), into >= 0
+            state.prototypes[into[taken]] = rows[taken]
+            start += len(into)
         state.cursor.fill_(len(slots) % self.shard_size)
         state.clock.copy_(saved.read("clock").max())
         return state._asdict()

@@ -279,10 +279,10 @@ FAULTS = [
         f"{T_CHECKPOINTS}::test_a_full_disk_of_one_rank_is_an_error_on_all",
     ),
     Fault(
-        "rows are placed by their place in the piece that was read",
+        "rows are placed in the order in which they were saved",
         "memory.py",
-        "rows[slots[into] - start]",
-        "rows[into]",
+        "state.prototypes[into[taken]] = rows[taken]",
+        "state.prototypes[taken.cumsum(0)[taken] - 1] = rows[taken]",
         f"{T_CHECKPOINTS}::test_rows_of_every_kind",
     ),
 ]
