@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], module: nn.Module) -> None:
     Raises:
         TypeError: ``module`` is no module, or has state other than plain tensors.
         ValueError: heads with different process groups, or ranks with different paths or tensors.
-        RuntimeError: it could not be written, on some rank; the last checkpoint is as it was.
+        RuntimeError: it could not be written, on some rank; the folder keeps the last checkpoint that was published.
 
     Example:
         >>> import protomem_kernels as pmk, tempfile, torch
@@ -164,8 +164,9 @@ def _write(folder: Path, state: Mapping[str, Tensor | Shard], ranks: Ranks, grou
     try:
         write(folder, state, ranks.rank, group)
     except (OSError, RuntimeError) as error:
+        who = f"rank {ranks.rank} of {ranks.size}"
         raise RuntimeError(
-            f"rank {ranks.rank} of {ranks.size} could not save {folder}, whose last checkpoint is as it was: {error}"
+            f"{who} could not save {folder}, which keeps the last checkpoint published: {error}"
         ) from error
 
 

@@ -423,7 +423,7 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="plain tensors, got int for _extra_state"):
         pmk.distributed.save(tmp_path, WithMore(3, 2))
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match=r"could not save .*file, whose last checkpoint is as it was: "):
+    with pytest.raises(RuntimeError, match=r"could not save .*file, which keeps the last checkpoint published: "):
         pmk.distributed.save(tmp_path / "file", pmk.MarginSoftmaxLoss(3, 2))
 
 
@@ -460,7 +460,7 @@ def test_a_full_disk_of_one_rank_is_an_error_on_all(pool: Pool, in_background: b
     answers = pool.run(pool.size, full, tmp_path, in_background)
     for rank, (message, said, kept) in enumerate(answers):
         assert message.startswith(
-            f"rank {rank} of {pool.size} could not save {tmp_path}, whose last checkpoint is as it"
+            f"rank {rank} of {pool.size} could not save {tmp_path}, which keeps the last checkpoint"
         )
         assert message.endswith("File too large (rank 1)")
         assert said == ([message] if in_background else [])
