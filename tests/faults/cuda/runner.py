@@ -5,9 +5,9 @@
 
 Beside this file is one for each operator: its FAULTS, CUTS, and ``check(operators)``, which fails if there is a fault.
 
-Every mutant is a compilation, and there are dozens: so each has one operator, neither debug information nor
-optimisation, and of its instantiations those alone that the checks reach (without CUTS). With None for the fault it is
-the same without one: there the checks have to pass, or they would prove nothing.
+Every mutant is a compilation, and there are dozens: so each has one operator, no debug information, no optimisation,
+and of its instantiations those alone that the checks reach (without CUTS). With None for the fault it is the same
+without one: there the checks have to pass, or they would prove nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from tests.backends.cuda.operators import SOURCES, build_library, open_library
 from tests.warm_processes import warm_processes
 
 NAMESPACE = "protomem_mutant"
+# The race check sees what is accessed: unoptimised code copies a whole struct to read one of its members.
+OPTIMISE = {"plain": ["-O0"], "sanitized": ["-O0"], "race": []}
 Edit = tuple[str, str, str]  # in this file of csrc, this text becomes that
 
 
@@ -103,7 +105,7 @@ def notices(operator: str, fault: Fault | None, mode: str, folder: Path) -> bool
         if other.stem != operator:
             other.unlink()
     _mutate(csrc, [*faults_of(operator).CUTS, *([] if fault is None else [fault[:3]])])
-    library = build_library(mode, csrc / "cuda", folder / "built", NAMESPACE, ["-g0", "-O0"])
+    library = build_library(mode, csrc / "cuda", folder / "built", NAMESPACE, ["-g0", *OPTIMISE[mode]])
 
     processes = warm_processes("torch")
     begun = processes.Event()
