@@ -13,7 +13,7 @@ from tests.fuzz.oracles.rows import lengths
 from tests.fuzz.oracles.softmax import Softmax, softmax
 from tests.fuzz.places import small, somewhere
 from tests.fuzz.subjects.bank import draw_bank
-from tests.fuzz.subjects.loss import slope, sure_samples
+from tests.fuzz.subjects.loss import of_slope, slope, sure_samples
 from tests.fuzz.subjects.objective import draw_objective
 from tests.fuzz.verdict import Judge, Values, exact, require, scales_up
 
@@ -81,7 +81,7 @@ def margin_softmax_logits(draw: Draw) -> None:
             return
         logits.backward(upstream.to(logits.dtype))
         size = lengths(embeddings.double())
-        up = 4 * objective.scale * upstream.abs()
+        up = 4 * objective.scale * upstream.abs() * (1 + of_slope(truth))[:, None]
         if x.requires_grad:
             natural = up.sum(dim=1) / torch.where(size > 0, size, 1)
             rule, up_scaled = "margin_softmax_logits: gradient of embeddings", scales_up(upstream)

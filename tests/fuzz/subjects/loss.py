@@ -39,6 +39,11 @@ def slope(right: Softmax, dtype: torch.dtype) -> Tensor:
     return right.steep.clamp(min=torch.finfo(accumulation(dtype)).eps).rsqrt()
 
 
+def of_slope(right: Softmax) -> Tensor:
+    """Return, in 32 of its roundings, how far one of the cosine moves a margin's slope (B,): as 1 / sin^2."""
+    return 1 / (32 * right.steep.clamp(min=1e-30))
+
+
 class LossCase:
     """One call, and what is right for it."""
 
@@ -194,8 +199,9 @@ class LossCase:
         up = upstream.abs().expand(len(self.targets)) / (
             max(1, int(right.kept.sum())) if self.reduction == "mean" else 1
         )
-        # A rounding of s h is one of e^(s h), s times as large.
-        up = torch.where(self.counts, up, 0) * (4 * self.objective.scale * (1 + self.objective.scale / 32))
+        # A rounding of s h is one of e^(s h), s times as large; of a cosine, one of its margin's slope.
+        rounding = 1 + self.objective.scale / 32 + of_slope(right)
+        up = torch.where(self.counts, up, 0) * (4 * self.objective.scale * rounding)
         size = lengths(self.sound.double())
         natural = up / torch.where(size > 0, size, 1) + (up if right.bound.penalty is not None else 0)
         rows = ~self.broken & (self.bank.embeddings.isfinite().all(dim=1) | ~self.counts)
