@@ -47,7 +47,7 @@ class Judge:
 
     def __init__(self, draw: Draw, oracle: Oracle, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         kind = accumulation(dtype)
-        self.eps = torch.finfo(kind).eps
+        self.eps, self.largest = torch.finfo(kind).eps, torch.finfo(kind).max
         if str(draw.notes.get("backend")).startswith(GPU_KERNELS):
             self.eps = max(self.eps, *(torch.finfo(x.dtype).eps for x in tensors))
         self.truth = oracle(*(x.double() for x in tensors))
@@ -79,12 +79,12 @@ class Judge:
         natural = torch.as_tensor(natural, dtype=torch.float64).expand_as(truth)
         kind = torch.finfo(ours.dtype)
         value = ours.detach().double()
-        beyond = counts & (truth.abs() >= kind.max)  # nobody can hold it
+        beyond = counts & (truth.abs() >= min(kind.max, self.largest))  # nobody can hold it
         require(rule, not bool((beyond & value.isnan()).any()), "NaN where the truth is beyond the dtype")
         if (
             ours.dtype == torch.float16 and not scaled_up
         ):  # a gradient stays in range, so that one number does not spoil a step
-            held = truth.abs() <= torch.finfo(torch.float32).max  # what has left the accumulation's range stays out
+            held = truth.abs() < self.largest  # what has left the accumulation's range stays out
             out = beyond & held & ~value.isfinite()
             require(rule, not bool(out.any()), "infinite where float16 ends")
         counts = counts & ~beyond & ~(truth.isnan() & ~natural.isfinite())  # the truth left float64 itself
