@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from protomem_kernels.distributed.data_parallel import OwnedByRank, refuse_unpre
 from protomem_kernels.distributed.ranks import Ranks, hand_ranks
 from protomem_kernels.margins import AnyMargin
 from protomem_kernels.mining import MiningRule
+from protomem_kernels.objective import Bank, Banks
 from protomem_kernels.rows import accumulation_dtype, widened_for_loss
+from protomem_kernels.shards import ShardedBanks
 from protomem_kernels.state import check_parts
 
 
@@ -55,6 +57,10 @@ class Head(nn.Module, OwnedByRank):
     def _device(self) -> torch.device:
         raise NotImplementedError
 
+    def _slots(self) -> int:
+        """Return how many prototypes all ranks have together."""
+        raise NotImplementedError
+
     def _checked(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Check this rank's arguments and return labels as a tensor."""
         raise NotImplementedError
@@ -71,7 +77,9 @@ class Head(nn.Module, OwnedByRank):
             "training": self.training,
         }
 
-    def _gathered(self, embeddings: Tensor, labels: Tensor, weights: Tensor | None, return_stats: bool) -> Gathered:
+    def _gathered(
+        self, embeddings: Tensor, labels: Tensor, weights: Tensor | None, return_stats: bool
+    ) -> tuple[Batch, Callable[[Tensor], Tensor]]:
         """Check a batch, on several ranks together with the others, and bring it together.
 
         Returns:
@@ -82,7 +90,7 @@ class Head(nn.Module, OwnedByRank):
         if self.ranks.alone:
             labels = self._checked(embeddings, labels, weights)
             embeddings, passed = widened_for_loss(embeddings)
-            return Gathered(Batch(embeddings, labels, weights, ONE_RANK), passed)
+            return Batch(embeddings, labels, weights, ONE_RANK), passed
         labels, sizes = self._agree(
             self._device(),
             lambda: self._checked(embeddings, labels, weights),
@@ -99,15 +107,14 @@ class Head(nn.Module, OwnedByRank):
             wire=wire,
             factor=float(self.ranks.size if self.average_gradients is True else self.average_gradients or 1),
         )
-        return Gathered(batch, passed)
+        return batch, passed
+
+    def _banks(self, banks: list[Bank], batch: Batch, normalize_prototypes: bool = False) -> Banks:
+        """Return banks of this rank's prototypes as what the loss runs over."""
+        if self.ranks.alone:
+            return Banks(banks, normalize_prototypes)
+        return ShardedBanks(banks, batch.rows, batch.labels >= 0, self._slots(), normalize_prototypes)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_parts(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class Gathered(NamedTuple):
-    """A batch of all ranks, and the function that its loss passes through."""
-
-    batch: Batch
-    passed: Callable[[Tensor], Tensor]

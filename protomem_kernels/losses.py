@@ -26,7 +26,6 @@ from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
 from protomem_kernels.rows import normalize_rows_, refreshed_rows
-from protomem_kernels.shards import ShardedBanks
 from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
 
 PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
@@ -205,8 +204,7 @@ class PrototypeMemoryLoss(Head):
         loss, seen = result if isinstance(result, tuple) else (result, None)
         loss = passed(loss)
         if self.reduction == "mean" and not self.training:
-            there = banks.counts if isinstance(banks, ShardedBanks) else targets >= 0
-            loss = torch.where(there.any(), loss, torch.nan)
+            loss = torch.where(banks.counts.any(), loss, torch.nan)
         return loss if seen is None else (loss, self._stats(batch, targets, seen, counts))
 
     def owned_by_rank(self) -> Iterator[str]:
@@ -219,6 +217,9 @@ class PrototypeMemoryLoss(Head):
 
     def _device(self) -> torch.device:
         return self.memory.identities.device
+
+    def _slots(self) -> int:
+        return self.ranks.size * self.memory.shard_size
 
     def _settings(self) -> dict[str, object]:
         mine = {"quality": described(self.quality), "prototype_gradient": self.prototype_gradient}
@@ -257,12 +258,6 @@ class PrototypeMemoryLoss(Head):
             self._clear_optimizer_state(torch.where(entered, slots, -1))
         banks = self._banks([Bank(self._prototypes(), targets, self.memory.occupied)], batch)
         return _Step(targets, banks, counts)
-
-    def _banks(self, banks: list[Bank], batch: Batch) -> Banks:
-        """Return banks of this rank as what the loss runs over."""
-        if self.ranks.alone:
-            return Banks(banks)
-        return ShardedBanks(banks, batch.rows, batch.labels >= 0, self.ranks.size * self.memory.shard_size)
 
     def _prototypes(self) -> Tensor:
         return overflow_shared(self.memory.prototypes, self.ranks)
@@ -424,12 +419,7 @@ class MarginSoftmaxLoss(Head, KeptInShards):
         if self.sample_rate < 1 and self.training:
             sampled = self.sampled_classes(targets)
             weight, targets = weight.index_select(0, sampled), find_slots(sampled, targets)
-        bank = Bank(weight, targets, None)
-        banks = (
-            Banks([bank], normalize_prototypes=True)
-            if self.ranks.alone
-            else ShardedBanks([bank], batch.rows, batch.labels >= 0, self.num_classes, normalize_prototypes=True)
-        )
+        banks = self._banks([Bank(weight, targets, None)], batch, normalize_prototypes=True)
         result = loss_over_banks(batch.embeddings, banks, **options)
         return (passed(result[0]), result[1]) if isinstance(result, tuple) else passed(result)
 
@@ -454,6 +444,9 @@ class MarginSoftmaxLoss(Head, KeptInShards):
 
     def _device(self) -> torch.device:
         return self.weight.device
+
+    def _slots(self) -> int:
+        return self.num_classes
 
     def _settings(self) -> dict[str, object]:
         mine = {

@@ -49,9 +49,11 @@ class Banks:
 
     Attributes:
         rows: whose the samples are.
+        counts: (B,) bool, which samples have a target; once ``sums`` has run.
     """
 
     rows: Rows = ONE_RANK
+    counts: Tensor
 
     def __init__(self, banks: Sequence[Bank], normalize_prototypes: bool = False) -> None:
         self.banks, self.normalize_prototypes = banks, normalize_prototypes
@@ -81,6 +83,7 @@ class Banks:
         self, x: Tensor, counts: Tensor, chosen: Chosen | None, form: HardNegativeForm | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return which samples (B,) have a target, and what ``negative_logsumexp`` returns."""
+        self.counts = counts
         return counts, *self.negative_logsumexp(x, chosen, form, scale)
 
     def target_cosine(self, x: Tensor) -> Tensor:

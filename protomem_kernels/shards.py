@@ -40,12 +40,7 @@ class ShardedBanks(Banks):
         candidates: (N,) bool, which samples may have a target on some rank.
         slots: how many prototypes there are on all ranks, or more.
         normalize_prototypes: scale their rows to unit length first.
-
-    Attributes:
-        counts: (N,) bool, which samples have a target on any rank; once it is known.
     """
-
-    counts: Tensor
 
     def __init__(
         self,

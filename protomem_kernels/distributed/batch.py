@@ -58,7 +58,7 @@ class SharedRows(Rows):
     def __init__(self, ranks: Ranks, sizes: Sequence[int]) -> None:
         self.ranks, self.sizes = ranks, tuple(sizes)
         self.first = sum(self.sizes[: ranks.rank])
-        self.size, self.largest = self.sizes[ranks.rank], max(self.sizes)
+        self.size, self.padded_to = self.sizes[ranks.rank], max(self.sizes)
 
     def own(self, values: Tensor) -> Tensor:
         """Return this rank's part (B, ...) of (N, ...)."""
@@ -83,23 +83,23 @@ class SharedRows(Rows):
 
     def gather(self, values: Tensor) -> Tensor:
         """Return all ranks' rows (N, ...) of this rank's (B, ...)."""
-        if self.largest == 0:
+        if self.padded_to == 0:
             return values
         return self._joined(self.ranks.all_gather(self._padded(values)))
 
     def scatter_sum(self, values: Tensor) -> Tensor:
         """Return this rank's rows (B, ...) of the sum of the ranks' (N, ...)."""
-        if self.largest == 0:
+        if self.padded_to == 0:
             return values
         parts = [self._padded(part) for part in values.split(list(self.sizes))]
         return self.ranks.reduce_scatter(torch.stack(parts))[: self.size]
 
     def _padded(self, values: Tensor) -> Tensor:
-        lacking = self.largest - values.shape[0]
+        lacking = self.padded_to - values.shape[0]
         return values if lacking == 0 else torch.cat([values, values.new_zeros(lacking, *values.shape[1:])])
 
     def _joined(self, gathered: Tensor) -> Tensor:
-        if min(self.sizes) == self.largest:
+        if min(self.sizes) == self.padded_to:
             return gathered.flatten(0, 1)
         return torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)])
 
@@ -151,7 +151,7 @@ def gather_batch(
         factor: what the gradients of embeddings and weights are multiplied by: as many ranks as average them later.
     """
     labels = labels.long()
-    if rows.largest == 0:
+    if rows.padded_to == 0:
         return Batch(embeddings, labels, weights, rows)
     sent = [embeddings.detach().to(wire), labels[:, None]]
     if weights is not None:
@@ -159,9 +159,9 @@ def gather_batch(
     came = _unpacked(rows.gather(_packed(sent)), sent)
     x, y, q = came[0].to(embeddings.dtype), came[1][:, 0], None if weights is None else came[2][:, 0]
     if torch.is_grad_enabled() and embeddings.requires_grad:
-        x = _Gathered.apply(embeddings, x, rows, factor)  # type: ignore[no-untyped-call]
+        x = _GatheredRows.apply(embeddings, x, rows, factor)  # type: ignore[no-untyped-call]
     if q is not None and weights is not None and torch.is_grad_enabled() and weights.requires_grad:
-        q = _Gathered.apply(weights, q, rows, factor)  # type: ignore[no-untyped-call]
+        q = _GatheredRows.apply(weights, q, rows, factor)  # type: ignore[no-untyped-call]
     return Batch(x, y, q, rows)
 
 
@@ -203,7 +203,7 @@ def among_largest(ranks: Ranks, values: Tensor) -> Tensor:
     return mask[:, ranks.rank * k : (ranks.rank + 1) * k]
 
 
-class _Gathered(torch.autograd.Function):
+class _GatheredRows(torch.autograd.Function):
     """Rows of all ranks that were gathered: backward hands each rank the sum of its rows' gradients."""
 
     @staticmethod
