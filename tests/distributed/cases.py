@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -308,13 +308,3 @@ def draw_upstreams(steps: int, ranks: int, seed: int = 0) -> list[list[float]]:
     """Upstream gradients that differ from rank to rank."""
     generator = torch.Generator().manual_seed(seed)
     return (0.5 + torch.rand(steps, ranks, generator=generator)).tolist()
-
-
-def every(*axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """The product of the axes."""
-    if not axes:
-        yield ()
-        return
-    for first in axes[0]:
-        for rest in every(*axes[1:]):
-            yield first, *rest

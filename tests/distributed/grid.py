@@ -7,6 +7,7 @@ Prints what differs from one process and, at the end, the largest difference by 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import traceback
@@ -36,7 +37,7 @@ def main() -> int:
     for ranks in options.ranks:
         for name in options.dtypes:
             dtype, worst, ran = getattr(torch, name), 0.0, 0
-            for margin, mining, mode, policy, raggedness in cases.every(*AXES):
+            for margin, mining, mode, policy, raggedness in itertools.product(*AXES):
                 case = f"{margin}, {mining}, {mode}, {policy}, {raggedness}, W = {ranks}, {name}"
                 if options.only not in case:
                     continue
