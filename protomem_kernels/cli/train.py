@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from protomem_kernels.cli.errors import errors_in_one_line
 from protomem_kernels.cli.progress import Display, RunConsole
-from protomem_kernels.training.config import RUN, TrainConfig, config_from, read_toml
+from protomem_kernels.training.config import RUN, TrainConfig, config_from, read_toml, schema
 from protomem_kernels.training.loop import run_training
 from protomem_kernels.training.runs import reopen_run
 
@@ -56,26 +54,21 @@ def _take_options_from_the_config() -> None:
     """Replace ``**flags`` in the command's signature by one option per field of TrainConfig."""
     types = get_type_hints(TrainConfig)
     parameters = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for item in dataclasses.fields(TrainConfig):
-        meta = item.metadata
+    for name, accepted in schema().items():
+        choices = accepted.get("enum", [])
         flag = typer.Option(
-            item.default,
-            "--" + item.name.replace("_", "-"),
-            help=_help(meta),
-            rich_help_panel=meta["panel"],
-            metavar="NAME" if meta["choices"] else None,
-            show_default=item.default != "",
+            TrainConfig.model_fields[name].default,
+            "--" + name.replace("_", "-"),
+            help=" ".join([accepted["description"], *([f"[cyan]{', '.join(choices)}[/]"] if choices else [])]),
+            rich_help_panel=accepted["panel"],
+            metavar="NAME" if choices else None,
+            show_default=accepted["default"] != "",
         )
-        parameters.append(
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=flag, annotation=types[item.name])
-        )
+        # A choice is checked by the configuration, in the same words as one in a TOML file.
+        kind = str if get_origin(types[name]) is Literal else types[name]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=flag, annotation=kind))
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
-
-
-def _help(meta: Mapping[str, Any]) -> str:
-    choices = ", ".join(meta["choices"])
-    return f"{meta['help']} [cyan]{choices}[/]" if choices else meta["help"]
 
 
 _take_options_from_the_config()

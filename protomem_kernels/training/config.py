@@ -1,18 +1,18 @@
 """One frozen description of a training run: the options of ``protomem train`` and the keys of its TOML file.
 
-A field is written once, here, with its default, its help and what it accepts; the command line, the TOML reader and the
-check of both are read off the fields.
+A field is written once, here, with its default, its help and what it accepts. pydantic checks it; the command line and
+the words of an error are read off the model's schema.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from protomem_kernels.training.errors import RunError
 
@@ -21,37 +21,38 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Value: TypeAlias = str | int | float | tuple[int, int]
+Side: TypeAlias = Annotated[int, Field(ge=8, le=1024)]
 
 RUN, DATA, MODEL, MEMORY, SCHEDULE = "Run", "Data", "Encoder", "Prototype memory and loss", "Schedule"
 
 
-def option(
-    default: Value,
-    help: str,
-    panel: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """Return a dataclass field that also carries what the command line and the checks need to know of it.
+def option(default: Any, help: str, panel: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """Return a pydantic field that also carries what the command line shows of it.
+
+    Its annotation says what it accepts: a ``Literal`` lists the choices, a pair has the limits of its parts.
 
     Args:
         default: the value where neither a flag nor the TOML file gives one.
         help: one sentence for ``--help``.
         panel: the heading under which ``--help`` shows it.
-        choices: the accepted strings; empty: any.
-        low: the smallest accepted number (of each part of a pair), inclusive.
+        low: the smallest accepted number, inclusive.
         high: the largest accepted number, inclusive.
 
     """
-    return field(default=default, metadata={"help": help, "panel": panel, "choices": choices, "low": low, "high": high})
+    return Field(default, description=help, ge=low, le=high, json_schema_extra={"panel": panel})
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides a run; two runs of one configuration on one machine give the same figures."""
+class TrainConfig(BaseModel):
+    """Everything that decides a run; two runs of one configuration on one machine give the same figures.
+
+    Raises:
+        RunError: a value is none that its field accepts.
+
+    >>> TrainConfig(steps=400, name="mine").run_name
+    'mine'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str = option("", "Name of the run; a number is added if it is taken. [dim]Default: the data's name.[/]", RUN)
     runs_dir: str = option("runs", "Folder that holds one folder per run.", RUN)
@@ -69,7 +70,7 @@ class TrainConfig:
         low=-1,
         high=2,
     )
-    image_size: tuple[int, int] = option((56, 46), "Height and width that the encoder sees.", DATA, low=8, high=1024)
+    image_size: tuple[Side, Side] = option((56, 46), "Height and width that the encoder sees.", DATA)
     augmentation: float = option(1.0, "Strength of the augmentation; 0: none.", DATA, low=0.0, high=4.0)
     workers: int = option(0, "Processes that read images (folders only).", DATA, low=0, high=256)
 
@@ -86,21 +87,18 @@ class TrainConfig:
     refresh_ratio: float = option(
         0.2, "Weight of the new prototype when a slot is refreshed.", MEMORY, low=0.0, high=1.0
     )
-    policy: str = option("fifo", "Who leaves a full memory.", MEMORY, choices=("fifo", "lru"))
-    prototype_gradient: str = option(
-        "none", "What of the memory the gradient reaches.", MEMORY, choices=("none", "fresh", "memory")
+    policy: Literal["fifo", "lru"] = option("fifo", "Who leaves a full memory.", MEMORY)
+    prototype_gradient: Literal["none", "fresh", "memory"] = option(
+        "none", "What of the memory the gradient reaches.", MEMORY
     )
-    quality: str = option(
-        "none", "Quality estimate that weighs an identity's images.", MEMORY, choices=("none", "norm", "center")
+    quality: Literal["none", "norm", "center"] = option(
+        "none", "Quality estimate that weighs an identity's images.", MEMORY
     )
-    margin: str = option("arcface", "Margin on the target cosine.", MEMORY, choices=("arcface", "cosface", "adaface"))
+    margin: Literal["arcface", "cosface", "adaface"] = option("arcface", "Margin on the target cosine.", MEMORY)
     margin_size: float = option(0.3, "Size of the margin (arcface: radians).", MEMORY, low=0.0, high=1.5)
     scale: float = option(24.0, "Scale of the cosines in the softmax.", MEMORY, low=1e-3, high=1e4)
-    mining: str = option(
-        "none",
-        "Treatment of hard negatives.",
-        MEMORY,
-        choices=("none", "mv-softmax", "curricular", "hardest-negatives", "noisy-negatives", "hard-samples"),
+    mining: Literal["none", "mv-softmax", "curricular", "hardest-negatives", "noisy-negatives", "hard-samples"] = (
+        option("none", "Treatment of hard negatives.", MEMORY)
     )
 
     steps: int = option(800, "Training steps.", SCHEDULE, low=1)
@@ -113,11 +111,17 @@ class TrainConfig:
     )
     checkpoint_every: int = option(100, "Steps between checkpoints.", SCHEDULE, low=1)
 
-    def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
-        for item in dataclasses.fields(self):
-            value = _checked(item.name, getattr(self, item.name), types[item.name], item.metadata)
-            object.__setattr__(self, item.name, value)
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told(cls, values: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> TrainConfig:
+        """Take lists for pairs, as TOML and JSON have them, and tell what is wrong in our own words."""
+        taken = values
+        if isinstance(values, Mapping):
+            taken = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        try:
+            return handler(taken)
+        except ValidationError as error:
+            raise RunError(_what_is_wrong(error, values)) from error
 
     @property
     def run_name(self) -> str:
@@ -126,7 +130,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that TOML, JSON and a checkpoint can hold (pairs as lists)."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return self.model_dump(mode="json")
 
     def as_toml(self) -> str:
         """Return the TOML file that ``--config`` reads back into the same configuration."""
@@ -135,9 +139,23 @@ class TrainConfig:
         return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in self.as_dict().items())
 
 
+@cache
+def schema() -> dict[str, dict[str, Any]]:
+    """Return of each field the JSON schema of what it accepts, with ``description``, ``default`` and ``panel``."""
+    properties: dict[str, dict[str, Any]] = TrainConfig.model_json_schema()["properties"]
+    return properties
+
+
+def limits(name: str) -> tuple[float | None, float | None]:
+    """Return the smallest and the largest number that a field (each part of a pair) accepts; None: no limit."""
+    accepted = schema()[name]
+    number = accepted.get("prefixItems", [accepted])[0]
+    return number.get("minimum"), number.get("maximum")
+
+
 def config_from(values: Mapping[str, Any], origin: str) -> TrainConfig:
     """Return the configuration of a mapping; ``origin`` names where it came from in the error for an unknown key."""
-    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    known = TrainConfig.model_fields
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise RunError(f"{origin}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
@@ -154,25 +172,33 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is not valid TOML: {error}") from error
 
 
-def _checked(name: str, value: Any, expected: Any, meta: Mapping[str, Any]) -> Value:
-    """Return ``value`` as the field's type, or raise RunError naming the field, what was expected and what came."""
-    if expected == tuple[int, int]:
-        if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(type(part) is int for part in value)):
-            raise RunError(f"{name} must be two whole numbers, got {value!r}")
-        value, numbers = tuple(value), list(value)
-    elif expected is float:
-        if type(value) not in (int, float):
-            raise RunError(f"{name} must be a number, got {value!r}")
-        value = float(value)
-        numbers = [value]
-    elif type(value) is not expected:
-        raise RunError(f"{name} must be {'a whole number' if expected is int else 'a string'}, got {value!r}")
+KINDS = {
+    "string": "a string",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "two whole numbers",
+}
+
+
+def _what_is_wrong(error: ValidationError, values: Any) -> str:
+    """Name the first field that is wrong, what was expected and what came."""
+    errors = error.errors(include_url=False)
+    out_of_range = ("greater_than_equal", "less_than_equal", "finite_number")
+    first = min(
+        (found for found in errors if found["loc"][:1] == errors[0]["loc"][:1]),
+        key=lambda found: found["type"] in out_of_range,  # of a pair with one part: that, before the part's size
+    )
+    if not first["loc"] or first["loc"][0] not in schema():
+        return f"{'.'.join(map(str, first['loc'])) or 'the configuration'}: {first['msg']}"
+    name = str(first["loc"][0])
+    low, high = limits(name)
+    if first["type"] == "literal_error":
+        expected = f"one of {', '.join(schema()[name]['enum'])}"
+    elif first["type"] not in out_of_range:
+        expected = KINDS[schema()[name]["type"]]
+    elif high is None:
+        expected = f"at least {low}"
     else:
-        numbers = [value] if expected is int else []
-    if meta["choices"] and value not in meta["choices"]:
-        raise RunError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}")
-    low, high = meta["low"], meta["high"]
-    if not all(math.isfinite(n) and (low is None or low <= n) and (high is None or n <= high) for n in numbers):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise RunError(f"{name} must be {bounds}, got {value!r}")
-    return value  # type: ignore[no-any-return]
+        expected = f"between {low} and {high}"
+    return f"{name} must be {expected}, got {values[name]!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import shlex
@@ -52,7 +51,7 @@ def extend_run(folder: Path, steps: int) -> None:
     """Note in ``config.toml`` that a run goes on to more steps than it was started for."""
     saved = config_from(read_toml(folder / CONFIG), str(folder / CONFIG))
     if saved.steps != steps:
-        write_config(folder, dataclasses.replace(saved, steps=steps))
+        write_config(folder, config_from({**saved.as_dict(), "steps": steps}, str(folder / CONFIG)))
 
 
 def way_on(folder: Path) -> str:
