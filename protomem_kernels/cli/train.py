@@ -55,7 +55,7 @@ def _take_options_from_the_config() -> None:
     types = get_type_hints(TrainConfig)
     parameters = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     for name, accepted in schema().items():
-        choices = accepted.get("enum", [])
+        choices = accepted.get("enum") or accepted["choices"]
         flag = typer.Option(
             TrainConfig.model_fields[name].default,
             "--" + name.replace("_", "-"),

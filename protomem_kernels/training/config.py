@@ -7,13 +7,22 @@ the words of an error are read off the model's schema.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
+from protomem_kernels.training import parts
 from protomem_kernels.training.errors import RunError
 
 if sys.version_info >= (3, 11):
@@ -22,11 +31,23 @@ else:
     import tomli as tomllib
 
 Side: TypeAlias = Annotated[int, Field(ge=8, le=1024)]
+# A margin, mining rule or quality estimator of the library as text, e.g. "arcface:m=0.3".
+Margin: TypeAlias = Annotated[str, AfterValidator(partial(parts.normal, "margin"))]
+Mining: TypeAlias = Annotated[str, AfterValidator(partial(parts.normal, "mining"))]
+Quality: TypeAlias = Annotated[str, AfterValidator(partial(parts.normal, "quality"))]
 
 RUN, DATA, MODEL, MEMORY, SCHEDULE = "Run", "Data", "Encoder", "Prototype memory and loss", "Schedule"
 
 
-def option(default: Any, help: str, panel: str, *, low: float | None = None, high: float | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    panel: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
     """Return a pydantic field that also carries what the command line shows of it.
 
     Its annotation says what it accepts: a ``Literal`` lists the choices, a pair has the limits of its parts.
@@ -37,9 +58,10 @@ def option(default: Any, help: str, panel: str, *, low: float | None = None, hig
         panel: the heading under which ``--help`` shows it.
         low: the smallest accepted number, inclusive.
         high: the largest accepted number, inclusive.
+        choices: what ``--help`` lists beside a field that is no ``Literal``.
 
     """
-    return Field(default, description=help, ge=low, le=high, json_schema_extra={"panel": panel})
+    return Field(default, description=help, ge=low, le=high, json_schema_extra={"panel": panel, "choices": [*choices]})
 
 
 class TrainConfig(BaseModel):
@@ -91,14 +113,24 @@ class TrainConfig(BaseModel):
     prototype_gradient: Literal["none", "fresh", "memory"] = option(
         "none", "What of the memory the gradient reaches.", MEMORY
     )
-    quality: Literal["none", "norm", "center"] = option(
-        "none", "Quality estimate that weighs an identity's images.", MEMORY
+    quality: Quality = option(
+        "none",
+        "Quality estimate that weighs an identity's images (softmax:base=norm,temperature=0.2).",
+        MEMORY,
+        choices=parts.choices("quality"),
     )
-    margin: Literal["arcface", "cosface", "adaface"] = option("arcface", "Margin on the target cosine.", MEMORY)
-    margin_size: float = option(0.3, "Size of the margin (arcface: radians).", MEMORY, low=0.0, high=1.5)
+    margin: Margin = option(
+        "arcface:m=0.3",
+        "Margin on the target cosine, maybe with its parameters (magface:l-a=5,u-m=0.7); an unknown one lists them.",
+        MEMORY,
+        choices=parts.choices("margin"),
+    )
     scale: float = option(24.0, "Scale of the cosines in the softmax.", MEMORY, low=1e-3, high=1e4)
-    mining: Literal["none", "mv-softmax", "curricular", "hardest-negatives", "noisy-negatives", "hard-samples"] = (
-        option("none", "Treatment of hard negatives.", MEMORY)
+    mining: Mining = option(
+        "none",
+        "Treatment of hard negatives (hardest-negatives:k=10).",
+        MEMORY,
+        choices=parts.choices("mining"),
     )
 
     steps: int = option(800, "Training steps.", SCHEDULE, low=1)

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from protomem_kernels.losses import PrototypeMemoryLoss
-from protomem_kernels.margins import AdaFace, ArcFace, CosFace
-from protomem_kernels.mining import CurricularFace, HardestNegatives, HardSamples, MVSoftmax, NoisyNegativeFilter
-from protomem_kernels.quality import CenterQuality, NormQuality
+from protomem_kernels.margins import Margin
+from protomem_kernels.training import parts
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.errors import RunError
 
 MOST_SLOTS = 100_000  # of a memory whose capacity the configuration leaves open
-
-MARGINS: dict[str, Callable[[float], Any]] = {"arcface": ArcFace, "cosface": CosFace, "adaface": AdaFace}
-MINING: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "mv-softmax": MVSoftmax,
-    "curricular": CurricularFace,
-    "hardest-negatives": HardestNegatives,
-    "noisy-negatives": NoisyNegativeFilter,
-    "hard-samples": HardSamples,
-}
-QUALITY: dict[str, Callable[[], Any]] = {"none": lambda: None, "norm": NormQuality, "center": CenterQuality}
 
 
 def build_loss(config: TrainConfig, identities: int) -> PrototypeMemoryLoss:
@@ -39,13 +24,17 @@ def build_loss(config: TrainConfig, identities: int) -> PrototypeMemoryLoss:
         raise RunError(
             f"capacity must be at least identities_per_batch ({config.identities_per_batch}), got {capacity}"
         )
+    margin, mining, quality = (
+        parts.build(kind, getattr(config, kind), embedding_dim=config.embedding_dim)
+        for kind in ("margin", "mining", "quality")
+    )
     return PrototypeMemoryLoss(
         config.embedding_dim,
         capacity,
-        margin=MARGINS[config.margin](config.margin_size),
+        margin=margin or Margin(),
         scale=config.scale,
-        mining=MINING[config.mining](),
-        quality=QUALITY[config.quality](),
+        mining=mining,
+        quality=quality,
         refresh_ratio=config.refresh_ratio,
         policy=config.policy,
         prototype_gradient=config.prototype_gradient,

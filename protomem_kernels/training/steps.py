@@ -21,6 +21,7 @@ from protomem_kernels.training.checkpoints import check_like
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.encoders import build_encoder
 from protomem_kernels.training.heads import build_loss
+from protomem_kernels.training.unrecognizable import show_unrecognizable
 
 
 class Step(NamedTuple):
@@ -86,7 +87,10 @@ class Training:
             group["lr"] = rate
 
         labels = labels.to(self.device)
-        images = augment(images.to(self.device), generator, config.augmentation)
+        images = images.to(self.device)
+        damage = torch.Generator().manual_seed(stream(config.seed, "unrecognizable", self.step))
+        show_unrecognizable(self.loss, self.encoder, images, damage)
+        images = augment(images, generator, config.augmentation)
         self.encoder.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
             embeddings = self.encoder(images)

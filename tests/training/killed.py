@@ -28,9 +28,9 @@ WARM = ("protomem_kernels.cli.app", "torch.utils.tensorboard", "torch._dynamo") 
 # What a run has state of: the memory and its ring, the margin's and the quality's statistics, the optimiser's moments.
 OPTIONS = [
     ("--prototype-gradient", "fresh", "--margin", "adaface", "--policy", "lru", "--capacity", "4"),
-    ("--prototype-gradient", "memory", "--mining", "curricular"),
+    ("--prototype-gradient", "memory", "--mining", "curricularface"),
     ("--quality", "norm", "--margin", "adaface", "--mining", "hard-samples"),
-    ("--quality", "center", "--mining", "mv-softmax", "--capacity", "4"),
+    ("--quality", "softmax:base=center", "--mining", "mv-softmax", "--capacity", "4"),
 ]
 
 

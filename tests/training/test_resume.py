@@ -15,11 +15,11 @@ from tests.training.running import assert_refused, figures, protomem, stop_after
     "flags",
     [
         ("--prototype-gradient", "fresh", "--margin", "cosface", "--policy", "lru"),
-        ("--prototype-gradient", "memory", "--mining", "curricular"),
+        ("--prototype-gradient", "memory", "--mining", "curricularface"),
         ("--quality", "norm", "--margin", "adaface", "--mining", "hard-samples"),
-        ("--quality", "center", "--mining", "mv-softmax", "--capacity", "4"),
+        ("--quality", "softmax:base=center", "--mining", "mv-softmax", "--capacity", "4"),
         ("--mining", "hardest-negatives", "--augmentation", "0"),
-        ("--mining", "noisy-negatives", "--refresh-ratio", "1"),
+        ("--mining", "noisy-negative-filter", "--refresh-ratio", "1"),
     ],
 )
 def test_every_loss_option_trains_and_resumes(tiny, tmp_path, flags):
