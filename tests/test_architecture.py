@@ -27,8 +27,9 @@ BELOW: dict[str, set[str]] = {
     "training": {"compat", "data", ""},
     "": {"losses", "warm_up"},
     "warm_up": {"losses"},
-    "sampling": {"data"},  # an earlier name of data.sampling, and the next of data.evaluation
+    "sampling": {"data"},  # earlier names of rooms of data, this and the next two
     "evaluation": {"data"},
+    "datasets": {"data"},
     "data": {"types", "_checks", "_warnings"},
     "compat": {"losses"},
     "losses": {"memory", "objective", "quality", "optimizers", "head"},

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from protomem_kernels.data.decoding import decode
+from protomem_kernels.data.errors import DatasetError
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -32,10 +34,6 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 _ORL_PEOPLE, _ORL_IMAGES = 40, 10
-
-
-class DatasetError(ValueError):
-    """The files of a data set are missing or unusable. The message names the path, what was expected and what came."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -110,7 +108,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Read one image: (C, H, W) uint8, and its label."""
         path = self.paths[index]
-        return _read(path, self.image_size, self.mode), int(self.labels[index])
+        return decode(path, mode=self.mode, image_size=self.image_size), int(self.labels[index])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} images of {len(self.identities)} identities, mode={self.mode!r})"
@@ -158,7 +156,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """All images, one after another, all of the first one's shape."""
         first = None
         for path in self.paths:
-            image = _read(path, self.image_size, self.mode)
+            image = decode(path, mode=self.mode, image_size=self.image_size)
             first = image.shape if first is None else first
             if image.shape != first:
                 raise DatasetError(
@@ -166,24 +164,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                     f"got {image.shape[1]} x {image.shape[2]}; image_size=(height, width) makes them equal"
                 )
             yield image
-
-
-def _read(path: Path, image_size: tuple[int, int] | None, mode: str) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            picture = image.convert(mode)
-    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error ...
-        try:
-            empty = path.stat().st_size == 0
-        except OSError:
-            empty = False
-        reason = "an empty file" if empty else f"{type(error).__name__}: {error}"
-        raise DatasetError(f"{path}: expected a readable image, got {reason}") from error
-    if image_size is not None:
-        picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(picture.height, picture.width, -1).permute(2, 0, 1).contiguous()
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -284,6 +264,7 @@ def image_folder(
 
     Example:
         >>> import tempfile
+        >>> from PIL import Image
         >>> root = tempfile.TemporaryDirectory()
         >>> for name in ("ann/2.png", "ann/10.png", "bob/1.png", "bob/2.PNG"):
         ...     path = Path(root.name, name)
