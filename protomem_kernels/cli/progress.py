@@ -44,6 +44,10 @@ class Display(Observer):
             console=console,
         )
 
+    def note(self, line: str) -> None:
+        """Say it."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def begin(self, folder: Path, config: TrainConfig, people: str, device: torch.device, first_step: int) -> None:
         """Say what is trained, open TensorBoard's file and start the bar."""
         self._console.print(f"[bold]{folder}[/]: {people}, {config.steps} steps on {device}")

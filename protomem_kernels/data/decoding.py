@@ -27,10 +27,10 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from protomem_kernels.data.errors import DatasetError
+from protomem_kernels.data.errors import ImageError
 
 __all__ = ["MAX_MEGAPIXELS", "PLUG_INS", "Source", "decode", "image_formats", "image_suffixes", "open_image", "size_of"]
 
@@ -100,7 +100,7 @@ def decode(
         (C, H, W) uint8.
 
     Raises:
-        DatasetError: it is none that Pillow reads, broken, or larger than the limit; one line that names it.
+        ImageError: it is none that Pillow reads, broken, or larger than the limit; one line that names it.
 
     Example:
         >>> file = io.BytesIO()
@@ -123,7 +123,7 @@ def open_image(
     """Read one image as :func:`decode` does, at the size that it has, as an image of Pillow's in 8 bits.
 
     Raises:
-        DatasetError: as :func:`decode`.
+        ImageError: as :func:`decode`.
 
     """
     name = _name(source) if name is None else name
@@ -131,23 +131,24 @@ def open_image(
         with _opened(source) as image:
             width, height = image.size
             if width * height > max_megapixels * 1e6:
-                raise DatasetError(
-                    f"{name}: expected an image of at most {max_megapixels:g} megapixels (--max-megapixels), "
-                    f"got {height} x {width} = {width * height / 1e6:.1f}"
+                raise ImageError.of(
+                    name,
+                    f"expected an image of at most {max_megapixels:g} megapixels (--max-megapixels)",
+                    f"{height} x {width} = {width * height / 1e6:.2f} megapixels",
                 )
             image.load()
             return _upright(_eight_bits(image, mode), _orientation(image))
-    except DatasetError:
+    except ImageError:
         raise
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error ...
-        raise DatasetError(f"{name}: expected a readable image, got {_reason(source, error)}") from error
+        raise ImageError.of(name, "expected a readable image", _reason(source, error)) from error
 
 
 def size_of(source: Source, *, name: str | None = None) -> tuple[int, int]:
     """Read (height, width) of an image, upright, from its header alone.
 
     Raises:
-        DatasetError: it is none that Pillow reads.
+        ImageError: it is none that Pillow reads.
 
     """
     name = _name(source) if name is None else name
@@ -156,7 +157,7 @@ def size_of(source: Source, *, name: str | None = None) -> tuple[int, int]:
             width, height = image.size
             return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
     except Exception as error:
-        raise DatasetError(f"{name}: expected a readable image, got {_reason(source, error)}") from error
+        raise ImageError.of(name, "expected a readable image", _reason(source, error)) from error
 
 
 @cache
@@ -194,7 +195,10 @@ def _reason(source: Source, error: Exception) -> str:
             empty = not source if isinstance(source, bytes) else source.seek(0, os.SEEK_END) == 0
     except OSError:
         empty = False
-    return "an empty file" if empty else f"{type(error).__name__}: {error}"
+    if empty:
+        return "an empty file"
+    what = "none of a format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    return f"{type(error).__name__}: {what}"
 
 
 @contextmanager

@@ -8,9 +8,9 @@ Whatever is wrong with the files raises :class:`DatasetError`, one line that nam
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from protomem_kernels.data.decoding import decode
+from protomem_kernels.data.decoding import MAX_MEGAPIXELS, decode, image_suffixes
 from protomem_kernels.data.errors import DatasetError
+from protomem_kernels.data.folders import list_identities
+from protomem_kernels.data.left_out import LeftOut
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -31,7 +33,7 @@ __all__ = [
     "split_by_fold",
 ]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = image_suffixes()
 
 _ORL_PEOPLE, _ORL_IMAGES = 40, 10
 
@@ -47,11 +49,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         names: the name of each identity.
         image_size: (height, width) in pixels to resize to (bilinear, antialiased); None: as in the file.
         mode: "L" (grey, C = 1) or "RGB" (C = 3). Images are turned upright by their EXIF orientation.
+        max_megapixels: a larger image cannot be read.
 
     Attributes:
         paths: list of :class:`~pathlib.Path`.
         labels: (N,) int64 tensor.
         names: list of str.
+        left_out: a :class:`~protomem_kernels.data.left_out.LeftOut` of what lies beside these images and is not used.
 
     Raises:
         DatasetError: no image, or a file that cannot be read (when it is read).
@@ -73,12 +77,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         *,
         image_size: tuple[int, int] | None = None,
         mode: str = "RGB",
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         self.paths = [Path(path) for path in paths]
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.names = list(names)
         self.image_size = image_size
         self.mode = mode
+        self.max_megapixels = max_megapixels
+        self.left_out = LeftOut()
         if mode not in ("L", "RGB"):
             raise ValueError(f'mode must be "L" or "RGB", got {mode!r}')
         if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
@@ -107,8 +114,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Read one image: (C, H, W) uint8, and its label."""
-        path = self.paths[index]
-        return decode(path, mode=self.mode, image_size=self.image_size), int(self.labels[index])
+        return self._read(self.paths[index]), int(self.labels[index])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} images of {len(self.identities)} identities, mode={self.mode!r})"
@@ -124,9 +130,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         missing = wanted[~torch.isin(wanted, self.labels)].tolist()
         if missing or not len(wanted):
             raise DatasetError(f"identities must be some of the labels of this data set, got {missing or 'none'}")
-        keep = torch.nonzero(torch.isin(self.labels, wanted)).flatten()
-        paths = [self.paths[index] for index in keep.tolist()]
-        return ImageDataset(paths, self.labels[keep], self.names, image_size=self.image_size, mode=self.mode)
+        return self.subset(torch.nonzero(torch.isin(self.labels, wanted)).flatten())
+
+    def subset(self, positions: Tensor | Sequence[int]) -> ImageDataset:
+        """The images at some positions. Labels, names and what was left out stay what they are."""
+        positions = torch.as_tensor(positions)
+        chosen = copy.copy(self)
+        chosen.paths = [self.paths[index] for index in positions.tolist()]
+        chosen.labels = self.labels[positions]
+        return chosen
 
     def verify(self) -> None:
         """Read every image once and compare the shapes, so that a bad file is found before training and not within.
@@ -152,11 +164,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             images[index] = image
         return images
 
+    def _read(self, path: Path) -> Tensor:
+        return decode(path, mode=self.mode, image_size=self.image_size, max_megapixels=self.max_megapixels)
+
     def _alike(self) -> Iterator[Tensor]:
         """All images, one after another, all of the first one's shape."""
         first = None
         for path in self.paths:
-            image = decode(path, mode=self.mode, image_size=self.image_size)
+            image = self._read(path)
             first = image.shape if first is None else first
             if image.shape != first:
                 raise DatasetError(
@@ -164,29 +179,6 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                     f"got {image.shape[1]} x {image.shape[2]}; image_size=(height, width) makes them equal"
                 )
             yield image
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key under which s2 comes before s10. Text and numbers alternate, so like is compared with like."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
-def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Sub-folders and image files of a folder, in natural order; hidden ones (".name") left out."""
-    folders, images = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(Path(entry.path))
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-                    images.append(Path(entry.path))
-    except OSError as error:
-        raise DatasetError(f"{folder}: expected a readable folder, got {error.strerror}") from error
-    return sorted(folders, key=lambda path: _natural(path.name)), sorted(images, key=lambda path: _natural(path.name))
 
 
 def orl_faces(
@@ -244,61 +236,52 @@ def _installed_orl() -> Path:
 
 
 def image_folder(
-    root: str | os.PathLike[str], *, image_size: tuple[int, int] | None = None, mode: str = "RGB"
+    root: str | os.PathLike[str],
+    *,
+    image_size: tuple[int, int] | None = None,
+    mode: str = "RGB",
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> ImageDataset:
     """A folder with one sub-folder per identity, the layout of nearly every face data set.
 
-    ``root/<identity>/<image>``, with a suffix of :data:`IMAGE_SUFFIXES` in any case. Identities and images are in
-    natural order (2 before 10); the label of an identity is its place. Hidden files and folders (``.name``), files with
-    other suffixes and folders deeper down are passed over. Only names are looked at here;
-    :meth:`ImageDataset.verify` reads the images.
+    ``root/<identity>/<image>``, with a suffix of :data:`IMAGE_SUFFIXES`, whatever Pillow reads, in any case. Identities
+    and images are in natural order (2 before 10); the label of an identity is its place. Only names are looked at here;
+    :func:`~protomem_kernels.data.reading.read_all` reads the images.
+
+    Hidden files and folders (``.name``) are passed over. All else that is no image of an identity with at least two is
+    left out and stands in the data set's ``left_out``: ``dataset.left_out.lines()`` says it, one line a kind.
 
     Args:
         root: the folder.
         image_size: (height, width) in pixels; None: as in the files.
         mode: "RGB" or "L".
+        max_megapixels: a larger image cannot be read.
 
     Raises:
-        DatasetError: ``root`` is missing, no folder or without sub-folders; there is no image; an identity has fewer
-            than two.
+        DatasetError: ``root`` is missing, no folder or without sub-folders; no identity has two images.
 
     Example:
         >>> import tempfile
         >>> from PIL import Image
         >>> root = tempfile.TemporaryDirectory()
-        >>> for name in ("ann/2.png", "ann/10.png", "bob/1.png", "bob/2.PNG"):
+        >>> for name in ("ann/2.png", "ann/10.png", "bob/1.png", "bob/2.PNG", "eve/1.png"):
         ...     path = Path(root.name, name)
         ...     path.parent.mkdir(exist_ok=True)
         ...     Image.new("RGB", (46, 56)).save(path)
         >>> dataset = image_folder(root.name)
         >>> [path.name for path in dataset.paths], dataset.labels, dataset.names
         (['2.png', '10.png', '1.png', '2.PNG'], tensor([0, 0, 1, 1]), ['ann', 'bob'])
+        >>> dataset.left_out.lines()
+        ['left out, identities with a single image: 1 (eve)']
         >>> root.cleanup()
 
     """
-    root = Path(root)
-    if not root.is_dir():
-        came = "a file" if root.exists() else "nothing there"
-        raise DatasetError(f"{root}: expected a folder with one sub-folder per identity, got {came}")
-    folders, loose = _listing(root)
-    if not folders:
-        raise DatasetError(
-            f"{root}: expected one sub-folder per identity, got no sub-folder and {len(loose)} image files"
-        )
-    images = [_listing(folder)[1] for folder in folders]
-    if not any(images):
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise DatasetError(f"{root}: expected images ({suffixes}) in the sub-folders, got none in {len(folders)}")
-    lone = [folder.name for folder, files in zip(folders, images, strict=True) if len(files) < 2]
-    if lone:
-        shown = ", ".join(lone[:5]) + (", ..." if len(lone) > 5 else "")
-        raise DatasetError(
-            f"{root}: expected at least two images of each identity, "
-            f"got fewer for {len(lone)} of {len(folders)}: {shown}"
-        )
-    labels = torch.repeat_interleave(torch.tensor([len(files) for files in images]))
-    paths = [path for files in images for path in files]
-    return ImageDataset(paths, labels, [folder.name for folder in folders], image_size=image_size, mode=mode)
+    found = list_identities(Path(root))
+    labels = torch.repeat_interleave(torch.tensor([len(files) for files in found.files]))
+    paths = [path for files in found.files for path in files]
+    dataset = ImageDataset(paths, labels, found.names, image_size=image_size, mode=mode, max_megapixels=max_megapixels)
+    dataset.left_out.extend(found.left_out)
+    return dataset
 
 
 def identity_folds(num_identities: int, folds: int = 4) -> list[Tensor]:

@@ -93,6 +93,10 @@ class TrainConfig(BaseModel):
         high=2,
     )
     image_size: tuple[Side, Side] = option((56, 46), "Height and width that the encoder sees.", DATA)
+    strict: bool = option(False, "Refuse data of which anything would be left out.", DATA)
+    max_megapixels: float = option(
+        100.0, "Largest image that is read, in millions of pixels.", DATA, low=0.01, high=1e5
+    )
     augmentation: float = option(1.0, "Strength of the augmentation; 0: none.", DATA, low=0.0, high=4.0)
     workers: int = option(0, "Processes that read images (folders only).", DATA, low=0, high=256)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from protomem_kernels.data.images import DatasetError, ImageDataset, image_folder, orl_faces, split_by_fold
+from protomem_kernels.data.reading import read_all
 from protomem_kernels.data.sampling import IdentityBatchSampler
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.errors import RunError
@@ -21,31 +23,42 @@ EMBED_BATCH = 256  # images
 class Faces:
     """Two disjoint sets of identities of one data set, ``train`` and ``unseen``.
 
-    Images are uint8 files on disk and (B, C, H, W) float32 in [0, 1] in every batch. A data set that fits is kept in
-    memory, so a file that cannot be read is found before the run starts; a larger one is read by ``config.workers``.
+    Images are uint8 files on disk and (B, C, H, W) float32 in [0, 1] in every batch. All are read once before the run
+    starts, by ``config.workers``, and what cannot be read is left out. A data set that fits is kept in memory; a larger
+    one is read again in every epoch.
+
+    Raises:
+        DatasetError: there are no images, or, under ``config.strict``, anything would be left out.
+        RunError: too few identities.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         if config.data:
-            dataset = image_folder(config.data, image_size=config.image_size, mode="RGB")
+            dataset = image_folder(config.data, image_size=config.image_size, max_megapixels=config.max_megapixels)
         else:
             dataset = orl_faces(image_size=config.image_size)
+        self.channels = 1 if dataset.mode == "L" else 3
+        self.image_size = height, width = config.image_size
+        fits = len(dataset) * self.channels * height * width <= IN_MEMORY
+        dataset, images = read_all(dataset, keep=fits, workers=config.workers)
+        self.left_out = dataset.left_out
+        if config.strict:
+            self.left_out.refuse(config.data)
         people = len(dataset.identities)
         if people // FOLDS < 2:
             raise RunError(
                 f"{config.data} has {people} identities; at least {2 * FOLDS} are needed to keep a quarter of them, "
-                "and no fewer than two, for verification"
+                "and no fewer than two, for verification" + "".join(f"; {line}" for line in self.left_out.lines())
             )
         self.source = config.data or "ORL faces"
         self.train, self.unseen = split_by_fold(dataset, config.fold, FOLDS)
         if config.inner_fold >= 0:  # the fold's own people take no part at all
             self.train, self.unseen = split_by_fold(self.train, config.inner_fold, INNER_FOLDS)
-        self.channels = 1 if dataset.mode == "L" else 3
         self.workers = config.workers
-        self.image_size = height, width = config.image_size
-        fits = len(dataset) * self.channels * height * width <= IN_MEMORY
-        self._train_images = self.train.load_all() if fits else None
-        self._unseen_images = self.unseen.load_all() if fits else None
+        self._train_images, self._unseen_images = (
+            None if images is None else images[torch.isin(dataset.labels, part.identities)]
+            for part in (self.train, self.unseen)
+        )
 
     @property
     def summary(self) -> str:

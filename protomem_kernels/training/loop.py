@@ -33,6 +33,9 @@ class Observer:
     An OSError that a method raises (the output is closed, the disk full) ends the run after a last checkpoint.
     """
 
+    def note(self, line: str) -> None:
+        """Take note of something about the data that a person should know, before ``begin``: a line."""
+
     def begin(self, folder: Path, config: TrainConfig, people: str, device: torch.device, first_step: int) -> None:
         """Take note that training starts.
 
@@ -116,7 +119,9 @@ def _train_and_report(
     with signals.held():
         order = batches(faces.sampler(config), training.step, config.steps)
         try:
-            unheard = failure(watch.begin, folder, config, faces.summary, training.device, training.step)
+            for line in faces.left_out.lines():
+                unheard = unheard or failure(watch.note, line)
+            unheard = unheard or failure(watch.begin, folder, config, faces.summary, training.device, training.step)
             if unheard is not None:
                 raise RunError(f"cannot show the run: {unheard.strerror or unheard}")
             for images, labels in faces.train_batches(order):

@@ -16,7 +16,7 @@ CONFIG, CHECKPOINT, METRICS, ROC, PAIRS = "config.toml", "checkpoint.pt", "metri
 
 # What a resumed run may do otherwise without becoming another experiment. A different device or number of threads
 # rounds differently, so the figures then agree to rounding only.
-FREE_ON_RESUME = frozenset({"name", "runs_dir", "device", "threads", "workers", "checkpoint_every"})
+FREE_ON_RESUME = frozenset({"name", "runs_dir", "device", "threads", "workers", "checkpoint_every", "strict"})
 
 
 def start_run(config: TrainConfig) -> Path:

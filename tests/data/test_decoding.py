@@ -137,7 +137,9 @@ def test_pillows_warnings_are_not_shown():
         decode(encoded(palette, transparency=b"\x00\x80"))
         large = encoded(Image.new("1", (10_000, 9_000)))  # beyond the size from which on Pillow warns
         size_of(large)
-        with pytest.raises(DatasetError, match=r"at most 50 megapixels \(--max-megapixels\), got 9000 x 10000 = 90.0$"):
+        with pytest.raises(
+            DatasetError, match=r"at most 50 megapixels \(--max-megapixels\), got 9000 x 10000 = 90.00 megapixels$"
+        ):
             decode(large, name="x", max_megapixels=50)
     assert heard == []
 
@@ -149,7 +151,7 @@ def test_a_small_file_of_a_large_image_is_refused_with_its_size(tmp_path, monkey
     with pytest.raises(DatasetError) as refused:
         decode(file)
     assert str(refused.value) == (
-        f"{file}: expected an image of at most 100 megapixels (--max-megapixels), got 10000 x 20000 = 200.0"
+        f"{file}: expected an image of at most 100 megapixels (--max-megapixels), got 10000 x 20000 = 200.00 megapixels"
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     assert decode(encoded(RAMP), max_megapixels=1).shape == (3, 3, 64)  # Pillow's limit does not come first

@@ -57,11 +57,6 @@ def broken_too_few(root):
     write_images(root, [3] * 7)
 
 
-def broken_image(root):
-    write_images(root, [3] * 8)
-    (root / "p5" / "1.png").write_bytes(b"\x89PNG but not quite")
-
-
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -69,9 +64,12 @@ def broken_image(root):
         (broken_a_file, "expected a folder"),
         (broken_empty, "sub-folder"),
         (broken_no_images, "expected images"),
-        (broken_single_image, "at least two images"),
+        (
+            broken_single_image,
+            "has 7 identities; at least 8 are needed to keep a quarter of them, and no fewer than two, "
+            "for verification; left out, identities with a single image: 1 (p7)",
+        ),
         (broken_too_few, "has 7 identities; at least 8"),
-        (broken_image, "1.png"),
     ],
 )
 def test_bad_data_is_refused_before_anything_is_written(tiny, tmp_path, spoil, expected):
@@ -84,7 +82,50 @@ def test_bad_data_is_refused_before_anything_is_written(tiny, tmp_path, spoil, e
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_while_training(tiny, tmp_path, monkeypatch, workers):
     root = tmp_path / "data"
-    broken_image(root)
-    monkeypatch.setattr(faces, "IN_MEMORY", 0)
+    write_images(root, [3] * 8)
+
+    def break_one(dataset, **options):
+        (root / "p5" / "1.png").write_bytes(b"\x89PNG but not quite")
+        return dataset, None
+
+    monkeypatch.setattr(faces, "read_all", break_one)
     result = train(tiny, "--data", root, "--workers", workers, "--steps", 30)
     assert_refused(result, "1.png", "expected a readable image")
+
+
+def test_what_is_left_out_is_said_and_does_not_stop_the_run(tiny, tmp_path):
+    root = tmp_path / "data"
+    write_images(root, [3] * 9 + [1])
+    (root / "p5" / "1.png").write_bytes(b"\x89PNG but not quite")
+    (root / "p6" / "0.png").write_bytes(b"")
+    (root / "p8" / "1.png").write_bytes(b"no")
+    (root / "p8" / "2.png").write_bytes(b"no")
+    (root / "void").mkdir()
+    (root / "@eaDir").mkdir()
+    result = train(tiny, "--data", root)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    unknown = "p{}.png: UnidentifiedImageError: none of a format that Pillow knows"
+    start = next(place for place, line in enumerate(lines) if "data:" in line)
+    assert lines[:start] == [
+        "left out, folders of the system's: 1 (@eaDir)",
+        "left out, empty files: 1 (p6/0.png)",
+        "left out, identities with a single image: 1 (p9)",
+        "left out, folders without an image: 1 (void)",
+        f"left out, images that cannot be read: 3 ({unknown.format('5/1')}, {unknown.format('8/1')}, "
+        f"{unknown.format('8/2')})",
+        "left out, identities with fewer than two readable images: 1 (p8)",
+    ]
+    assert_refused(
+        train(tiny, "--data", root, "--strict"),
+        f"{root}: expected nothing to be left out (--strict), got folders of the system's: 1 (@eaDir); empty files: 1",
+    )
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["data"]
+
+
+def test_an_image_beyond_the_limit_is_left_out_with_its_size(tiny, tmp_path):
+    root = tmp_path / "data"
+    write_images(root, [3] * 8)
+    Image.new("L", (200, 100)).save(root / "p2" / "9.png")
+    result = train(tiny, "--data", root, "--max-megapixels", 0.015)
+    assert "left out, images that cannot be read: 1 (p2/9.png: 100 x 200 = 0.02 megapixels)" in result.output
