@@ -33,10 +33,13 @@ def train(
     """Train an encoder with Prototype Memory and verify it on people it has never seen.
 
     Without any option: the ORL faces (40 people, 10 images each; AT&T Laboratories Cambridge), 30 people to train and
-    10 to verify, about two minutes on two cores. Flags override the TOML file.
+    10 to verify, about two minutes on two cores. Flags override the TOML file, and --no-compile
+    and the like turn off what is on there.
     """
     given = read_toml(config_file) if config_file else {}
-    given |= {key: value for key, value in flags.items() if _was_typed(ctx, key)}
+    for key, value in flags.items():
+        if _was_typed(ctx, key):
+            given |= {key: value} if key in TrainConfig.model_fields else {key.removeprefix("no_"): False}
     config = config_from(given, str(config_file))
     folder = None
     if resume:
@@ -55,18 +58,24 @@ def _take_options_from_the_config() -> None:
     types = get_type_hints(TrainConfig)
     parameters = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     for name, accepted in schema().items():
+        word = name.replace("_", "-")
         choices = accepted.get("enum") or accepted["choices"]
         flag = typer.Option(
             TrainConfig.model_fields[name].default,
-            "--" + name.replace("_", "-"),
+            f"--{word}",
             help=" ".join([accepted["description"], *([f"[cyan]{', '.join(choices)}[/]"] if choices else [])]),
             rich_help_panel=accepted["panel"],
             metavar="NAME" if choices else None,
-            show_default=accepted["default"] != "",
+            show_default=accepted["default"] not in ("", None),
         )
         # A choice is checked by the configuration, in the same words as one in a TOML file.
         kind = str if get_origin(types[name]) is Literal else types[name]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=flag, annotation=kind))
+        if kind is bool:
+            off = typer.Option(False, f"--no-{word}", hidden=True)  # beside its switch it would take half the width
+            parameters.append(
+                inspect.Parameter(f"no_{name}", inspect.Parameter.KEYWORD_ONLY, default=off, annotation=bool)
+            )
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
 

@@ -103,6 +103,13 @@ class TrainConfig(BaseModel):
     encoder: str = option(
         "residual", "residual (small CNN), residual-pooled (for images that are not aligned), or a timm model.", MODEL
     )
+    pretrained: bool = option(False, "Begin with timm's pretrained weights (timm models only).", MODEL)
+    backbone_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of a timm model's own weights, for fine-tuning. [dim]Default: --learning-rate.[/]",
+        MODEL,
+        low=0.0,
+    )
     width: int = option(16, "Channels of the residual CNN's first stage.", MODEL, low=1, high=1024)
     embedding_dim: int = option(128, "Size of an embedding.", MODEL, low=2, high=8192)
     dropout: float = option(0.4, "Dropout before the last layer of the residual CNN.", MODEL, low=0.0, high=0.9)
@@ -119,20 +126,20 @@ class TrainConfig(BaseModel):
     )
     quality: Quality = option(
         "none",
-        "Quality estimate that weighs an identity's images (softmax:base=norm,temperature=0.2).",
+        "Quality estimate that weighs an identity's images, e.g. softmax:base=norm.",
         MEMORY,
         choices=parts.choices("quality"),
     )
     margin: Margin = option(
         "arcface:m=0.3",
-        "Margin on the target cosine, maybe with its parameters (magface:l-a=5,u-m=0.7); an unknown one lists them.",
+        "Margin on the target cosine, maybe with its parameters, e.g. magface:u-m=0.7 (an unknown one lists them).",
         MEMORY,
         choices=parts.choices("margin"),
     )
     scale: float = option(24.0, "Scale of the cosines in the softmax.", MEMORY, low=1e-3, high=1e4)
     mining: Mining = option(
         "none",
-        "Treatment of hard negatives (hardest-negatives:k=10).",
+        "Treatment of hard negatives, e.g. mv-softmax:t=0.3.",
         MEMORY,
         choices=parts.choices("mining"),
     )
@@ -145,6 +152,10 @@ class TrainConfig(BaseModel):
     averaging: float = option(
         0.99, "Decay of the weights' moving average, which is verified.", SCHEDULE, low=0.0, high=1.0
     )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "In what the encoder computes (auto: half precision on a GPU).", SCHEDULE
+    )
+    compile: bool = option(False, "Compile the encoder with torch.compile (needs a C++ compiler).", SCHEDULE)
     checkpoint_every: int = option(100, "Steps between checkpoints.", SCHEDULE, low=1)
 
     @model_validator(mode="wrap")
@@ -165,21 +176,28 @@ class TrainConfig(BaseModel):
         return self.name or (Path(self.data).resolve().name if self.data else "orl")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values that TOML, JSON and a checkpoint can hold (pairs as lists)."""
+        """Return the fields as plain values that JSON and a checkpoint can hold (pairs as lists)."""
         return self.model_dump(mode="json")
 
     def as_toml(self) -> str:
         """Return the TOML file that ``--config`` reads back into the same configuration."""
         import json  # a JSON string, number or list of integers is also a TOML one
 
-        return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in self.as_dict().items())
+        return "".join(
+            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            for key, value in self.as_dict().items()
+            if value is not None
+        )
 
 
 @cache
 def schema() -> dict[str, dict[str, Any]]:
-    """Return of each field the JSON schema of what it accepts, with ``description``, ``default`` and ``panel``."""
+    """Return of each field the JSON schema of what it accepts, with ``description``, ``default`` and ``panel``.
+
+    Of a field that may be None it is that of its other values.
+    """
     properties: dict[str, dict[str, Any]] = TrainConfig.model_json_schema()["properties"]
-    return properties
+    return {name: accepted.get("anyOf", [{}])[0] | accepted for name, accepted in properties.items()}
 
 
 def limits(name: str) -> tuple[float | None, float | None]:

@@ -12,7 +12,14 @@ from protomem_kernels.training.errors import RunError
 
 
 def build_encoder(
-    name: str, *, channels: int, image_size: tuple[int, int], embedding_dim: int, width: int = 16, dropout: float = 0.0
+    name: str,
+    *,
+    channels: int,
+    image_size: tuple[int, int],
+    embedding_dim: int,
+    width: int = 16,
+    dropout: float = 0.0,
+    pretrained: bool = False,
 ) -> nn.Module:
     """Return a module that maps (B, ``channels``, *``image_size``) float32 images to (B, ``embedding_dim``) embeddings.
 
@@ -24,12 +31,20 @@ def build_encoder(
         embedding_dim: size of an embedding.
         width: channels of the residual CNN's first stage.
         dropout: in front of the residual CNN's last layer.
+        pretrained: begin with the weights that timm has for its model.
+
+    Raises:
+        RunError: there is no such model, no weights for it, or it cannot take such images.
 
     """
     if name in ("residual", "residual-pooled"):
+        if pretrained:
+            raise RunError(
+                f"pretrained weights are timm's; encoder {name!r} has none: take a timm model, or leave it out"
+            )
         pooled = name == "residual-pooled"
         return ResidualEncoder(channels, image_size, embedding_dim, width=width, dropout=dropout, pooled=pooled)
-    encoder = TimmEncoder(name, channels, embedding_dim)
+    encoder = TimmEncoder(name, channels, embedding_dim, pretrained=pretrained)
     _try_out(encoder, name, torch.zeros(1, channels, *image_size))
     return encoder
 
@@ -111,9 +126,9 @@ class ResidualBlock(nn.Module):
 class TimmEncoder(nn.Module):
     """A timm model without its classifier, then one linear layer; grey images become three channels."""
 
-    def __init__(self, name: str, channels: int, embedding_dim: int) -> None:
+    def __init__(self, name: str, channels: int, embedding_dim: int, *, pretrained: bool = False) -> None:
         super().__init__()
-        self.backbone = _timm_model(name)
+        self.backbone = _timm_model(name, pretrained)
         self.copies = 3 if channels == 1 else 1
         self.embed = nn.Sequential(
             nn.Linear(self.backbone.num_features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim)
@@ -136,7 +151,7 @@ def _try_out(encoder: nn.Module, name: str, images: Tensor) -> None:
         raise RunError(f"encoder {name!r} cannot take images of {height} x {width} pixels: {error}") from error
 
 
-def _timm_model(name: str) -> Any:
+def _timm_model(name: str, pretrained: bool) -> Any:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
@@ -145,6 +160,7 @@ def _timm_model(name: str) -> Any:
             "'protomem-kernels[timm]', or take --encoder residual"
         ) from error
     try:
-        return timm.create_model(name, num_classes=0)
-    except Exception as error:  # timm raises RuntimeError, ValueError or its own types for a name it does not know
-        raise RunError(f"timm cannot create the encoder {name!r}: {error}") from error
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # RuntimeError, ValueError or types of its own: an unknown name, no weights, no network
+        what = f"the encoder {name!r}{' with pretrained weights' if pretrained else ''}"
+        raise RunError(f"timm cannot create {what}: {error}") from error

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from protomem_kernels.losses import PrototypeMemoryLoss
 from protomem_kernels.training.augmentation import augment
 from protomem_kernels.training.checkpoints import check_like
 from protomem_kernels.training.config import TrainConfig
-from protomem_kernels.training.encoders import build_encoder
+from protomem_kernels.training.encoders import TimmEncoder, build_encoder
+from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.heads import build_loss
+from protomem_kernels.training.precision import Precision
 from protomem_kernels.training.unrecognizable import show_unrecognizable
 
 
@@ -39,10 +43,32 @@ def stream(seed: int, purpose: str, step: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4).digest(), "little")
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of a step (from 0): linear warm-up over the first twentieth, then a cosine down to zero."""
-    warm_up = max(1, config.steps // 20)
-    return config.learning_rate * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+def rate_factor(step: int, steps: int) -> float:
+    """Return the share of the peak rate in a step (from 0): linear over the first twentieth, then a cosine to zero."""
+    warm_up = max(1, steps // 20)
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def parameter_groups(encoder: nn.Module, loss: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return what the optimiser steps: weight matrices decay, a backbone may have a rate of its own.
+
+    Raises:
+        RunError: a rate for the backbone of an encoder that has none.
+    """
+    backbone: set[Tensor] = set()
+    if config.backbone_learning_rate is not None:
+        if not isinstance(encoder, TimmEncoder):
+            raise RunError(f"backbone_learning_rate is for timm models, got encoder {config.encoder!r}")
+        backbone = set(encoder.backbone.parameters())
+    groups = []
+    for rate, inside in ((config.learning_rate, False), (config.backbone_learning_rate, True)):
+        ours = [p for p in encoder.parameters() if (p in backbone) is inside]
+        heads = [] if inside else [*loss.parameters()]
+        groups.append(
+            {"params": [p for p in ours if p.ndim > 1], "weight_decay": config.weight_decay, "lr": rate},
+        )
+        groups.append({"params": [p for p in ours if p.ndim <= 1] + heads, "weight_decay": 0.0, "lr": rate})
+    return [group for group in groups if group["params"]]
 
 
 class Training:
@@ -58,42 +84,38 @@ class Training:
             embedding_dim=config.embedding_dim,
             width=config.width,
             dropout=config.dropout,
+            pretrained=config.pretrained,
         ).to(device)
+        self.forward = torch.compile(self.encoder) if config.compile else self.encoder
         self.loss: PrototypeMemoryLoss = build_loss(config, identities).to(device)
         decay = get_ema_multi_avg_fn(config.averaging)
         self.average = AveragedModel(self.encoder, multi_avg_fn=decay, use_buffers=True).eval()
-        weights = [p for p in self.encoder.parameters() if p.ndim > 1]
-        others = [p for p in self.encoder.parameters() if p.ndim <= 1] + list(self.loss.parameters())
-        self.optimizer = torch.optim.AdamW(
-            [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-        )
+        groups = parameter_groups(self.encoder, self.loss, config)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
+        self.schedule = self._schedule()
         if config.prototype_gradient == "memory":
             self.loss.attach_optimizer(self.optimizer)
-        # Half precision on a GPU only: bfloat16 where the GPU has it, else float16 with a scaled loss.
-        half = device.type == "cuda"
-        brain = half and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype = torch.bfloat16 if brain else torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=half and not brain)
+        self.precision = Precision(config.precision, device)
+        self.scaler = self.precision.scaler
+
+    def _schedule(self) -> LambdaLR:
+        """Return the schedule from this step on: it depends on the step's number alone."""
+        return LambdaLR(self.optimizer, lambda step: rate_factor(step, self.config.steps), last_epoch=self.step - 1)
 
     def advance(self, images: Tensor, labels: Tensor) -> Step:
         """Take one step on (B, C, H, W) float32 images in [0, 1] with (B,) int64 labels."""
         config = self.config
         torch.manual_seed(stream(config.seed, "step", self.step))
         generator = torch.Generator().manual_seed(stream(config.seed, "augmentation", self.step))
-        rate = learning_rate(self.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
+        rate = float(self.schedule.get_last_lr()[0])
         labels = labels.to(self.device)
         images = images.to(self.device)
         damage = torch.Generator().manual_seed(stream(config.seed, "unrecognizable", self.step))
         show_unrecognizable(self.loss, self.encoder, images, damage)
         images = augment(images, generator, config.augmentation)
         self.encoder.train()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
-            embeddings = self.encoder(images)
+        with self.precision.autocast():
+            embeddings = self._embeddings(images)
         loss = self.loss(embeddings.float(), labels)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -101,9 +123,22 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), 5.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a first step that the scaler left out
+            self.schedule.step()
         self.average.update_parameters(self.encoder)
         self.step += 1
         return Step(self.step, loss.item(), rate, self.occupancy, norm.item())
+
+    def _embeddings(self, images: Tensor) -> Tensor:
+        try:
+            embeddings: Tensor = self.forward(images)
+        except Exception as error:
+            if not self.config.compile:
+                raise
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise RunError(f"torch.compile cannot run the encoder ({why[0]}); leave out --compile") from error
+        return embeddings
 
     @property
     def occupancy(self) -> float:
@@ -139,6 +174,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = step
+        self.schedule = self._schedule()  # of an extended run it is another one
 
     def _check_optimizer(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         """Check what AdamW itself takes as it comes: its options, and the moments of each parameter."""

@@ -5,7 +5,7 @@ import pytest
 from protomem_kernels.cli import train as command
 from protomem_kernels.cli.errors import CommandError
 from protomem_kernels.data.images import DatasetError
-from protomem_kernels.training.config import TrainConfig, config_from, read_toml
+from protomem_kernels.training.config import TrainConfig, config_from, read_toml, schema
 from protomem_kernels.training.errors import RunError
 from tests.training.running import assert_refused, protomem, stop_after, train
 
@@ -24,11 +24,23 @@ def test_a_bad_flag_reads_like_a_bad_key(tiny):
     assert_refused(train(tiny, "--fold", 4), "fold must be between 0 and 3, got 4")
 
 
-def test_help_shows_every_field():
+def test_help_shows_every_field_and_its_choices(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = protomem("train", "--help")
     assert result.exit_code == 0
-    for name in TrainConfig().as_dict():
-        assert "--" + name.replace("_", "-") in result.stdout
+    for name, accepted in schema().items():
+        assert "--" + name.replace("_", "-") + " " in result.stdout
+        for choice in accepted.get("enum") or accepted["choices"]:
+            assert choice in result.stdout
+
+
+def test_a_switch_overrides_the_file_both_ways(tiny, tmp_path):
+    with tiny.open("a") as file:
+        file.write("compile = true\n")
+    stop_after(tmp_path, tiny, 0, "--name", "off", "--no-compile")
+    assert not config_from(read_toml(tmp_path / "runs" / "off" / "config.toml"), "").compile
+    stop_after(tmp_path, tiny, 0, "--name", "on")
+    assert config_from(read_toml(tmp_path / "runs" / "on" / "config.toml"), "").compile
 
 
 @pytest.mark.parametrize("kind", [CommandError, RunError, DatasetError])

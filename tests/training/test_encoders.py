@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from protomem_kernels.training import encoders
-from tests.training.running import assert_refused, figures, train
+from protomem_kernels.training import checkpoints, encoders
+from protomem_kernels.training.config import TrainConfig
+from protomem_kernels.training.steps import Training
+from tests.training.running import assert_refused, figures, stop_after, train
 
 
 @pytest.mark.parametrize("name", ["residual", "residual-pooled"])
@@ -38,6 +40,8 @@ def timm(monkeypatch):
 
     def create_model(name, **options):
         asked.append((name, options))
+        if options["pretrained"] and name == "weightless":
+            raise RuntimeError("No pretrained weights exist for weightless.")
         if name == "unheard":
             raise RuntimeError("Unknown model (unheard)")
         return FakeBackbone(99 if name == "fixed" else 4)
@@ -49,7 +53,7 @@ def timm(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_timm_encoder(timm, channels):
     encoder = encoders.build_encoder("resnet18", channels=channels, image_size=(16, 12), embedding_dim=5)
-    assert timm == [("resnet18", {"num_classes": 0})]
+    assert timm == [("resnet18", {"pretrained": False, "num_classes": 0})]
     assert encoder(torch.randn(4, channels, 16, 12)).shape == (4, 5)
 
 
@@ -58,8 +62,37 @@ def test_a_run_with_a_timm_encoder(tiny, tmp_path, timm):
     assert figures(tmp_path / "runs" / "timm")["parameters"] == 3 * 6 * 16 + 6 + 6 * 8 + 16
 
 
+def test_fine_tuning(tiny, tmp_path, timm):
+    options = ("--encoder", "resnet18", "--pretrained", "--backbone-learning-rate", "1e-5")
+    assert train(tiny, "--name", "whole", *options).exit_code == 0
+    assert timm[0] == ("resnet18", {"pretrained": True, "num_classes": 0})
+    state = checkpoints.load_checkpoint(tmp_path / "runs" / "whole" / "checkpoint.pt")
+    peaks = [(group["initial_lr"], len(group["params"])) for group in state["optimizer"]["param_groups"]]
+    assert peaks == [(2e-3, 1), (2e-3, 2), (1e-5, 1), (1e-5, 1)]  # embed and its norm, then the backbone
+    stop_after(tmp_path, tiny, 2, "--name", "halves", *options)
+    assert train(tiny, "--name", "halves", "--resume", *options).exit_code == 0
+    assert figures(tmp_path / "runs" / "halves") == figures(tmp_path / "runs" / "whole")
+
+
+def test_a_backbone_at_rate_zero_stays_what_it_is(timm):
+    config = TrainConfig(encoder="resnet18", image_size=(16, 12), backbone_learning_rate=0.0, embedding_dim=5)
+    run = Training(config, channels=3, identities=16, device=torch.device("cpu"))
+    before = [p.clone() for p in run.encoder.parameters()]
+    run.advance(torch.rand(8, 3, 16, 12), torch.arange(4).repeat(2))
+    moved = [not torch.equal(old, new) for old, new in zip(before, run.encoder.parameters(), strict=True)]
+    assert moved == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("options", [("--pretrained",), ("--backbone-learning-rate", "1e-5")])
+def test_the_residual_encoder_has_nothing_to_fine_tune(tiny, options):
+    assert_refused(train(tiny, *options), options[0][2:].replace("-", "_"), "'residual'", "timm")
+
+
 def test_timm_errors(tiny, timm, monkeypatch):
     assert_refused(train(tiny, "--encoder", "unheard"), "timm cannot create", "Unknown model")
+    assert_refused(
+        train(tiny, "--encoder", "weightless", "--pretrained"), "'weightless' with pretrained weights: No pr"
+    )
     assert_refused(train(tiny, "--encoder", "fixed"), "'fixed' cannot take images of 16 x 12")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert_refused(train(tiny, "--encoder", "resnet18"), "timm cannot be imported", "protomem-kernels[timm]")

@@ -56,7 +56,7 @@ def test_batches_are_a_function_of_the_step():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "learning_rate", lambda step, config: float("nan") if step == 2 else 1e-3)
+    monkeypatch.setattr(steps, "rate_factor", lambda step, steps: float("nan") if step == 2 else 1e-3)
     assert_refused(train(tiny, "--name", "nan"), "the loss is nan in step 4", "--learning-rate")
     assert checkpoints.load_checkpoint(tmp_path / "runs" / "nan" / "checkpoint.pt")["step"] == 2
 
