@@ -61,6 +61,8 @@ def bench(
 
     Without --quick about three quarters of an hour on two cores. With --quick the exit code is 1 if a figure is not
     what it must be.
+
+    Example: protomem bench --select enqueue --threads 1
     """
     chosen = [name for name, given in {"--quick": quick, "--full": full, "--static": static}.items() if given]
     if len(chosen) > 1:

@@ -21,10 +21,10 @@ def check_needed(command: str) -> None:
 
 def main() -> None:
     """Run the ``protomem`` command."""
-    if sys.argv[1:] == ["env"]:  # also where there is nothing but torch
+    if sys.argv[1:2] == ["env"] and sys.argv[2:] in ([], ["--json"]):  # also where there is nothing but torch
         from protomem_kernels.cli.env import env
 
-        return env()
+        return env(as_json=bool(sys.argv[2:]))
     if sys.argv[1:2] == ["gpu-check"]:
         from protomem_kernels.gpu_check import main as gpu_check
 

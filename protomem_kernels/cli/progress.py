@@ -1,7 +1,8 @@
-"""What a person sees of a run: a progress bar while it trains, TensorBoard beside it, a table at the end."""
+"""What a person sees of a run: a bar or lines while it trains, TensorBoard beside it, figures and a way on after it."""
 
 from __future__ import annotations
 
+import shlex
 import threading
 import warnings
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from protomem_kernels.cli.bar import Bar
+from protomem_kernels.cli.lines import Lines
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.loop import Observer
 from protomem_kernels.training.steps import Step
@@ -33,24 +35,15 @@ class Display(Observer):
         self._smooth = 0.0  # moving average of the loss, for the eye only
         self._threads_errors = threading.excepthook
         self._writer: Any = None
-        self._bar = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss [cyan]{task.fields[loss]:.3f}[/]  memory [cyan]{task.fields[occupancy]:.0%}[/]"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._steps = Bar(console) if console.is_terminal else Lines(console.file)
 
     def note(self, line: str) -> None:
         """Say it."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, folder: Path, config: TrainConfig, people: str, device: torch.device, first_step: int) -> None:
-        """Say what is trained, open TensorBoard's file and start the bar."""
-        self._console.print(f"[bold]{folder}[/]: {people}, {config.steps} steps on {device}")
+    def begin(self, folder: Path, config: TrainConfig, identities: str, device: torch.device, first_step: int) -> None:
+        """Say what is trained, open TensorBoard's file and start the bar or the lines."""
+        self._console.print(f"[bold]{folder}[/]: {identities}, {config.steps} steps on {device}")
         if first_step:
             self._console.print(f"continuing after step {first_step}")
         with warnings.catch_warnings():
@@ -59,20 +52,19 @@ class Display(Observer):
         # Events of steps that a killed run took after its last checkpoint are marked as undone.
         threading.excepthook = self._note
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-        self._bar.start()
-        self._task = self._bar.add_task("training", total=config.steps, completed=first_step, loss=0.0, occupancy=0.0)
+        self._steps.start(first_step, config.steps)
 
     def show(self, step: Step) -> None:
-        """Move the bar on, and write the step to TensorBoard."""
+        """Show the step, and write the step to TensorBoard."""
         self._smooth = step.loss if not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
-        self._bar.update(self._task, completed=step.number, loss=self._smooth, occupancy=step.occupancy)
+        self._steps.show(step, self._smooth)
         for name, value in zip(step._fields[1:], step[1:], strict=True):
             self._writer.add_scalar(f"train/{name}", value, step.number)
 
     def end(self) -> None:
-        """Stop the bar and close TensorBoard's file."""
+        """Stop the bar or the lines and close TensorBoard's file."""
         try:
-            self._bar.stop()
+            self._steps.stop()
         finally:
             try:
                 if self._writer is not None:
@@ -86,17 +78,25 @@ class Display(Observer):
             self._threads_errors(error)
 
     def result(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """Show the table of the figures."""
-        self._console.print(result_table(folder, metrics))
+        """Show the table of the figures, where the run's files are, and what can be done with it."""
+        self._console.print(result_table(metrics))
+        for line in closing_lines(folder):
+            self.note(line)
 
 
-def result_table(folder: Path, metrics: dict[str, Any]) -> Table:
+def closing_lines(folder: Path) -> list[str]:
+    """Return where a run's files are, and commands that use what was trained."""
+    return [
+        f"files: {folder} (metrics.json, roc.png, hardest_pairs.png)",
+        f"look:  {shlex.join(['tensorboard', '--logdir', str(folder.parent)])}",
+        f"next:  {shlex.join(['protomem', 'verify', 'A.jpg', 'B.jpg', '--run', str(folder)])}",
+    ]
+
+
+def result_table(metrics: dict[str, Any]) -> Table:
     """Return the run's figures beside those of the raw pixels."""
-    table = Table(
-        title=f"Verification of {metrics['unseen_identities']} people never trained on",
-        caption=f"{folder}: metrics.json, roc.png, hardest_pairs.png; tensorboard --logdir {folder.parent}",
-    )
-    for heading in ("", "Prototype Memory", "raw pixels", "gain"):
+    table = Table(title=f"Verification of {metrics['unseen_identities']} identities never trained on")
+    for heading in ("", "trained", "raw pixels", "gain"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {
         "verification accuracy": ("verification_accuracy", "baseline_raw_pixels"),
@@ -113,5 +113,5 @@ def result_table(folder: Path, metrics: dict[str, Any]) -> Table:
             f"[{'green' if gain > 0 else 'red'}]{gain:+.3f}[/]",
         )
     table.add_section()
-    table.add_row("accuracy, pixels in ten views", "", f"{metrics['baseline_ten_views']:.3f}", "")
+    table.add_row("pixels in ten views", "", f"{metrics['baseline_ten_views']:.3f}", "")
     return table

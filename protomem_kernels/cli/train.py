@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
@@ -30,7 +31,7 @@ def train(
     ] = False,
     **flags: Any,
 ) -> None:
-    """Train an encoder with Prototype Memory and verify it on people it has never seen.
+    """Train an encoder with Prototype Memory and verify it on identities it has never seen.
 
     Without any option: the ORL faces (40 people, 10 images each; AT&T Laboratories Cambridge), 30 people to train and
     10 to verify, about two minutes on two cores. Flags override the TOML file, and --no-compile
@@ -45,6 +46,15 @@ def train(
     if resume:
         folder, config = reopen_run(config, given)
     run_training(config, watch=Display(RunConsole()), resumed=folder)
+
+
+def _completing(choices: list[str]) -> Callable[[str], list[str]]:
+    """Return what tells a shell the choices that begin with what is typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
 
 
 def _was_typed(ctx: typer.Context, key: str) -> bool:
@@ -66,6 +76,7 @@ def _take_options_from_the_config() -> None:
             help=" ".join([accepted["description"], *([f"[cyan]{', '.join(choices)}[/]"] if choices else [])]),
             rich_help_panel=accepted["panel"],
             metavar="NAME" if choices else None,
+            autocompletion=_completing(choices) if choices else None,
             show_default=accepted["default"] not in ("", None),
         )
         # A choice is checked by the configuration, in the same words as one in a TOML file.

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "back: the environment, every kernel beside float64, speed, whole steps, sanitizer, counters, the GPU suite. "
         "No paths and no names of machines or people are in it. What was found stands in the .jsonl file beside it at "
         "any moment. Exit code 1: something was wrong; 2: the check cannot be done.",
+        epilog="example: protomem gpu-check --minutes 3 --parts correctness",
     )
     parser.add_argument("--minutes", type=_minutes, default=9.0, help="the budget (default: 9)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The application: train an encoder with Prototype Memory on images of people, and verify it on people never seen.
+"""The application: train an encoder with Prototype Memory on images, and verify it on identities never seen.
 
 ``loop`` runs it all and ``config`` describes a run, ``parts`` the margins, rules and estimators in it; ``protomem
 train`` is all that on a command line. ``faces`` the images, ``augmentation`` their changes, ``unrecognizable`` their

@@ -44,15 +44,15 @@ class Faces:
         self.left_out = dataset.left_out
         if config.strict:
             self.left_out.refuse(config.data)
-        people = len(dataset.identities)
-        if people // FOLDS < 2:
+        found = len(dataset.identities)
+        if found // FOLDS < 2:
             raise RunError(
-                f"{config.data} has {people} identities; at least {2 * FOLDS} are needed to keep a quarter of them, "
+                f"{config.data} has {found} identities; at least {2 * FOLDS} are needed to keep a quarter of them, "
                 "and no fewer than two, for verification" + "".join(f"; {line}" for line in self.left_out.lines())
             )
         self.source = config.data or "ORL faces"
         self.train, self.unseen = split_by_fold(dataset, config.fold, FOLDS)
-        if config.inner_fold >= 0:  # the fold's own people take no part at all
+        if config.inner_fold >= 0:  # the fold's own identities take no part at all
             self.train, self.unseen = split_by_fold(self.train, config.inner_fold, INNER_FOLDS)
         self.workers = config.workers
         self._train_images, self._unseen_images = (
@@ -64,7 +64,7 @@ class Faces:
     def summary(self) -> str:
         """One phrase on what trains and what verifies."""
         train, unseen = len(self.train.identities), len(self.unseen.identities)
-        return f"{self.source}, {train} people train ({len(self.train)} images), {unseen} unseen ones verify"
+        return f"{self.source}, {train} identities train ({len(self.train)} images), {unseen} unseen ones verify"
 
     def sampler(self, config: TrainConfig) -> IdentityBatchSampler:
         """Return the batch sampler over the training images."""

@@ -1,4 +1,4 @@
-"""A run from its data to its figures: train, leave checkpoints, verify on unseen people, write the run's folder.
+"""A run from its data to its figures: train, leave checkpoints, verify on unseen identities, write the run's folder.
 
 ``run_training(TrainConfig(steps=400, name="mine"))`` does it all. Nothing is shown; whoever wants to look on hands in
 an ``Observer`` (the command line's draws a bar).
@@ -36,13 +36,13 @@ class Observer:
     def note(self, line: str) -> None:
         """Take note of something about the data that a person should know, before ``begin``: a line."""
 
-    def begin(self, folder: Path, config: TrainConfig, people: str, device: torch.device, first_step: int) -> None:
+    def begin(self, folder: Path, config: TrainConfig, identities: str, device: torch.device, first_step: int) -> None:
         """Take note that training starts.
 
         Args:
             folder: the run's folder.
             config: the whole description of the run.
-            people: one phrase on who trains and who verifies.
+            identities: one phrase on which train and which verify.
             device: where it trains.
             first_step: steps that are already behind a run that goes on; 0 for a fresh one.
 
@@ -59,7 +59,7 @@ class Observer:
 
 
 def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed: Path | None = None) -> dict[str, Any]:
-    """Train, verify on unseen people, write the run's folder, and return what ``metrics.json`` holds.
+    """Train, verify on unseen identities, write the run's folder, and return what ``metrics.json`` holds.
 
     SIGINT, SIGTERM or SIGHUP (heard in the main thread) end it after the step that it is in, and a checkpoint. No two
     runs write into one folder at the same time.

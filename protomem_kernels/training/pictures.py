@@ -41,7 +41,7 @@ def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")
-    figure.suptitle(f"Verification of unseen people\n{subtitle}", color=INK, fontsize=12)
+    figure.suptitle(f"Verification of unseen identities\n{subtitle}", color=INK, fontsize=12)
     for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
         for curve, colour, style in zip((trained, *baselines), (TRAINED, INK, GREY), ("-", "-.", "--"), strict=False):
             label = f"{curve.name}: accuracy {curve.accuracy:.3f}, AUC {curve.auc:.3f}"
@@ -59,19 +59,19 @@ def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> No
 
 
 def draw_pairs(path: Path, false_accepts: Sequence[Pair], false_rejects: Sequence[Pair], subtitle: str) -> None:
-    """Write a contact sheet: the most alike pairs of two people above, the least alike pairs of one person below."""
+    """Write a contact sheet: the most alike pairs of two identities above, the least alike pairs of one below."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 4
     blocks = (
-        ("Different people, found alike (false accepts)", ACCEPT, false_accepts),
-        ("One person, found different (false rejects)", REJECT, false_rejects),
+        ("Different identities, found alike (false accepts)", ACCEPT, false_accepts),
+        ("One identity, found different (false rejects)", REJECT, false_rejects),
     )
     rows = [max(1, -(-len(pairs) // columns)) for _, _, pairs in blocks]
     apart = ConstrainedLayoutEngine(wspace=0.06)  # pairs stand apart, their halves together
     figure = Figure(figsize=(11, 2.0 * sum(rows) + 1.6), layout=apart)
-    figure.suptitle(f"The hardest pairs of unseen people\n{subtitle}", color=INK, fontsize=12)
+    figure.suptitle(f"The hardest pairs of unseen identities\n{subtitle}", color=INK, fontsize=12)
     halves: Any = figure.subfigures(2, 1, height_ratios=[n + 0.25 for n in rows], hspace=0.02)
     for block, (title, colour, pairs), count in zip(halves, blocks, rows, strict=True):
         block.suptitle(title if pairs else f"{title}: none", color=colour, fontsize=11, fontweight="bold")

@@ -1,4 +1,4 @@
-"""The end of a run: embed the unseen people, measure, and write ``metrics.json`` and the two pictures."""
+"""The end of a run: embed the unseen identities, measure, and write ``metrics.json`` and the two pictures."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def report(
         "versions": {"protomem_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
-    subtitle = f"{faces.source}, {metrics['unseen_identities']} people never trained on, {training.step} steps"
+    subtitle = f"{faces.source}, {metrics['unseen_identities']} identities never trained on, {training.step} steps"
     draw_roc(
         folder / runs.ROC,
         Curve("Prototype Memory", ours.roc.far, ours.roc.tar, ours.verification_accuracy, ours.auc),

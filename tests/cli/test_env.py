@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import protomem_kernels as pmk
+import protomem_kernels.cli as cli
 from protomem_kernels.backends import reference
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.protocol import Backend
@@ -48,6 +51,18 @@ def test_a_wrong_operator_ends_with_exit_code_1(operator: str, monkeypatch: pyte
     result = run("reference")
     assert result.exit_code == 1
     assert "wrong by" in result.output
+
+
+def test_the_same_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
+    assert told["versions"]["torch"] == torch.__version__
+    assert [row["backend"] for row in told["backends"]] == [*BACKENDS]
+    assert [row["result"] for row in told["self_check"] if row["device"] == "cpu"] == ["ok"] * len(CHECKS)
+    assert told["failed"] == 0
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)  # nothing but torch
+    monkeypatch.setattr(sys, "argv", ["protomem", "env", "--json"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out).keys() == told.keys()
 
 
 def test_an_operator_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

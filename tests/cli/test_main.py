@@ -1,11 +1,17 @@
 """``protomem`` itself, and ``python -m protomem_kernels``."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+import benchmarks.command as benchmarks_command
+import protomem_kernels as pmk
 import protomem_kernels.cli as cli
+from protomem_kernels.cli.app import app
+from tests.training.running import protomem
 
 
 def test_without_the_train_extra(monkeypatch, capsys):
@@ -50,3 +56,32 @@ def test_env_needs_nothing_but_torch():
     lines = done.stdout.splitlines()
     assert lines[-1] == "[]"
     assert "reference  yes" in done.stdout
+
+
+def test_version():
+    result = protomem("--version")
+    assert (result.exit_code, result.stdout) == (0, f"protomem_kernels {pmk.__version__}\n")
+
+
+def test_every_help_has_an_example():
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__.replace("_", "-")
+        if name == "bench":  # hands --help on to the suite, which a checkout has
+            assert "Example: protomem bench " in benchmarks_command.bench.__doc__
+            continue
+        arguments = [sys.executable, "-m", "protomem_kernels", name, "--help"]
+        help = protomem(name, "--help").stdout if name != "gpu-check" else subprocess.check_output(arguments, text=True)
+        assert re.search(rf"xample: protomem {name}\b", help), name
+    assert "Example: protomem train" in protomem("--help").stdout
+
+
+def test_a_shell_completes_commands_options_and_choices():
+    def completed(words):
+        environment = {"_PROTOMEM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return CliRunner().invoke(app, prog_name="protomem", env=environment).stdout.split()
+
+    assert completed("protomem tr") == ["train"]
+    assert completed("protomem train --backbone-l") == ["--backbone-learning-rate"]
+    assert completed("protomem train --margin ar") == ["arcface"]
+    assert completed("protomem train --policy ") == ["fifo", "lru"]
+    assert "--install-completion" in protomem("--help").stdout
