@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib.util import find_spec
 
@@ -21,6 +22,9 @@ def check_needed(command: str) -> None:
 
 def main() -> None:
     """Run the ``protomem`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
     if sys.argv[1:2] == ["env"] and sys.argv[2:] in ([], ["--json"]):  # also where there is nothing but torch
         from protomem_kernels.cli.env import env
 

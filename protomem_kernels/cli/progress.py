@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from protomem_kernels.cli.bar import Bar
@@ -43,7 +44,8 @@ class Display(Observer):
 
     def begin(self, folder: Path, config: TrainConfig, identities: str, device: torch.device, first_step: int) -> None:
         """Say what is trained, open TensorBoard's file and start the bar or the lines."""
-        self._console.print(f"[bold]{folder}[/]: {identities}, {config.steps} steps on {device}")
+        what = f"[bold]{escape(str(folder))}[/]: {escape(identities)}, {config.steps} steps on {device}"
+        self._console.print(what, soft_wrap=True)
         if first_step:
             self._console.print(f"continuing after step {first_step}")
         with warnings.catch_warnings():

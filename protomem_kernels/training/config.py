@@ -166,9 +166,13 @@ class TrainConfig(BaseModel):
         if isinstance(values, Mapping):
             taken = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            return handler(taken)
+            config = handler(taken)
         except ValidationError as error:
             raise RunError(_what_is_wrong(error, values)) from error
+        for name, value in config:
+            if isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
+                raise RunError(f"{name} must be a string that UTF-8 can hold, as a TOML file does, got {value!r}")
+        return config
 
     @property
     def run_name(self) -> str:

@@ -73,6 +73,9 @@ def report(
         "versions": {"protomem_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
+    with written_whole(folder / runs.METRICS) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
     subtitle = f"{faces.source}, {metrics['unseen_identities']} identities never trained on, {training.step} steps"
     draw_roc(
         folder / runs.ROC,
@@ -94,8 +97,6 @@ def report(
         [_pair(faces, *pair) for pair in hardest.false_rejects],
         subtitle,
     )
-    with written_whole(folder / runs.METRICS) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 

@@ -1,5 +1,7 @@
 """``protomem`` itself, and ``python -m protomem_kernels``."""
 
+import io
+import os
 import re
 import subprocess
 import sys
@@ -85,3 +87,21 @@ def test_a_shell_completes_commands_options_and_choices():
     assert completed("protomem train --margin ar") == ["arcface"]
     assert completed("protomem train --policy ") == ["fifo", "lru"]
     assert "--install-completion" in protomem("--help").stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_that_the_terminal_has_no_letters_for(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["protomem", "train", "--data", "nowhere/人脸"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    name = "人脸" if encoding == "ascii" else "\\u4eba\\u8138"  # click takes ascii for a mistake, and writes UTF-8
+    message = f"error: nowhere/{name}: expected a folder with one sub-folder per identity, got nothing there"
+    err.flush()
+    assert err.buffer.getvalue().decode().split(os.linesep) == [message, ""]
+    print("人脸")
+    out.flush()
+    assert out.buffer.getvalue().decode().split() == ["\\u4eba\\u8138"]

@@ -89,3 +89,10 @@ def test_the_table_fits_sixty_columns_and_the_last_line_says_the_way_on(tiny, tm
     assert "identities never trained on" in table
     last = train(tiny, "--name", "my run").stdout.splitlines()[-1]
     assert last == f"next:  protomem verify A.jpg B.jpg --run '{tmp_path / 'runs' / 'my run'}'"
+
+
+def test_brackets_in_names_are_shown(tiny, tmp_path):
+    result = train(tiny, "--runs-dir", tmp_path / "my runs [old] set[/b]", "--name", "[v2]")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/my runs [old] set[/b]/[v2]: " in result.stdout
+    assert f"files: {tmp_path}/my runs [old] set[/b]/[v2] (metrics.json" in result.stdout

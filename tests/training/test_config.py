@@ -3,6 +3,7 @@
 import pytest
 
 from protomem_kernels.training.config import TrainConfig, config_from, read_toml
+from protomem_kernels.training.errors import RunError
 from tests.training.running import assert_refused, protomem
 
 
@@ -42,3 +43,8 @@ def test_a_toml_file_that_cannot_be_read(tmp_path):
     assert_refused(protomem("train", "--config", tmp_path / "none.toml"), "cannot read the configuration")
     (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
     assert_refused(protomem("train", "--config", tmp_path / "latin.toml"), "not valid TOML")
+
+
+def test_a_path_that_is_no_utf8_is_refused_in_one_line():
+    with pytest.raises(RunError, match=r"data must be a string that UTF-8 can hold, .*, got 'd\\udce9p'$"):
+        TrainConfig(data="d\udce9p")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from protomem_kernels.data.sampling import IdentityBatchSampler
-from protomem_kernels.training import checkpoints, loop, steps
+from protomem_kernels.training import checkpoints, loop, report, steps
 from protomem_kernels.training.config import config_from, read_toml
 from protomem_kernels.training.loop import pick_device
 from tests.training.running import assert_refused, figures, protomem, train
@@ -35,6 +35,15 @@ def test_a_run_writes_its_folder(tiny, tmp_path, pictures):
             image.load()
             assert image.format == "PNG"
             assert min(image.size) > 400
+
+
+def test_the_figures_are_there_before_anything_is_drawn(tiny, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(report, "draw_roc", fails)
+    assert str(train(tiny, "--name", "undrawn").exception) == "no font"
+    assert json.loads((tmp_path / "runs" / "undrawn" / "metrics.json").read_text())["steps"] == 4
 
 
 def test_the_default_is_orl_and_ten_unseen_people(tmp_path):
