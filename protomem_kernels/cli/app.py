@@ -8,9 +8,12 @@ import typer
 
 from protomem_kernels import __version__
 from protomem_kernels.cli.bench import AS_THEY_ARE, bench
+from protomem_kernels.cli.embed import embed
 from protomem_kernels.cli.env import env
+from protomem_kernels.cli.export import export
 from protomem_kernels.cli.gpu_check import gpu_check
 from protomem_kernels.cli.train import train
+from protomem_kernels.cli.verify import verify
 
 app = typer.Typer(
     name="protomem",
@@ -21,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(epilog="[bold]Example:[/] protomem train --data photos --margin magface:u-m=0.7 --steps 2000")(train)
+app.command(epilog="[bold]Example:[/] protomem verify ann.jpg bob.jpg --run runs/mine --far 1e-2")(verify)
+app.command(epilog="[bold]Example:[/] protomem embed photos --run runs/mine --out photos.npy")(embed)
+app.command(epilog="[bold]Example:[/] protomem export --run runs/mine --format onnx")(export)
 app.command(context_settings=AS_THEY_ARE)(bench)
 app.command(context_settings=AS_THEY_ARE)(gpu_check)
 

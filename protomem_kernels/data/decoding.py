@@ -32,7 +32,17 @@ from torch import Tensor
 
 from protomem_kernels.data.errors import ImageError
 
-__all__ = ["MAX_MEGAPIXELS", "PLUG_INS", "Source", "decode", "image_formats", "image_suffixes", "open_image", "size_of"]
+__all__ = [
+    "MAX_MEGAPIXELS",
+    "PLUG_INS",
+    "Source",
+    "as_pixels",
+    "decode",
+    "image_formats",
+    "image_suffixes",
+    "open_image",
+    "size_of",
+]
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes]
 
@@ -110,7 +120,16 @@ def decode(
                  [127, 255]]], dtype=torch.uint8)
 
     """
-    picture = open_image(source, mode=mode, name=name, max_megapixels=max_megapixels)
+    return _pixels(open_image(source, mode=mode, name=name, max_megapixels=max_megapixels), image_size)
+
+
+def as_pixels(image: Image.Image, *, mode: str = "RGB", image_size: tuple[int, int] | None = None) -> Tensor:
+    """Return what :func:`decode` makes of a file that holds this image of Pillow's: (C, H, W) uint8."""
+    image = image.copy()
+    return _pixels(_upright(_eight_bits(image, mode), _orientation(image)), image_size)
+
+
+def _pixels(picture: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
     if image_size is not None:
         picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

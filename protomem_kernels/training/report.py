@@ -1,4 +1,4 @@
-"""The end of a run: embed the unseen identities, measure, and write ``metrics.json`` and the two pictures."""
+"""The end of a run: embed the unseen identities, measure, leave the encoder, ``metrics.json`` and the pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from protomem_kernels.training.embedding import embed
 from protomem_kernels.training.faces import Faces
 from protomem_kernels.training.files import written_whole
 from protomem_kernels.training.pictures import Curve, Pair, draw_pairs, draw_roc
+from protomem_kernels.training.preprocessing import Transform
 from protomem_kernels.training.steps import Training
+from protomem_kernels.training.thresholds import operating_points
+from protomem_kernels.training.trained import save_encoder
 
 if TYPE_CHECKING:
     from protomem_kernels.data.evaluation import VerificationResult
@@ -42,6 +45,7 @@ def report(
     """
     from protomem_kernels.data.evaluation import evaluate, hardest_pairs
 
+    save_encoder(folder / runs.ENCODER, training, Transform(faces.unseen.mode, faces.image_size))
     labels = faces.unseen.labels
     embeddings = embed(training.average, (images for images, _ in faces.unseen_batches()), training.device)
     pixels = torch.cat([standardise(images).flatten(1) for images, _ in faces.unseen_batches()])
@@ -59,6 +63,7 @@ def report(
         "baseline_ten_views_auc": ten_views.auc,
         "genuine_pairs": ours.genuine_pairs,
         "impostor_pairs": ours.impostor_pairs,
+        "operating_points": operating_points(ours.roc),
         "train_identities": len(faces.train.identities),
         "unseen_identities": len(faces.unseen.identities),
         "data": faces.source,

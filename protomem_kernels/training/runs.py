@@ -12,7 +12,8 @@ from protomem_kernels.training.config import TrainConfig, config_from, read_toml
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.files import written_whole
 
-CONFIG, CHECKPOINT, METRICS, ROC, PAIRS = "config.toml", "checkpoint.pt", "metrics.json", "roc.png", "hardest_pairs.png"
+CONFIG, CHECKPOINT, ENCODER, METRICS = "config.toml", "checkpoint.pt", "encoder.pt", "metrics.json"
+ROC, PAIRS = "roc.png", "hardest_pairs.png"
 
 # What a resumed run may do otherwise without becoming another experiment. A different device or number of threads
 # rounds differently, so the figures then agree to rounding only.

@@ -77,15 +77,15 @@ class Training:
     def __init__(self, config: TrainConfig, *, channels: int, identities: int, device: torch.device) -> None:
         torch.manual_seed(stream(config.seed, "initialisation"))
         self.config, self.device, self.step = config, device, 0
-        self.encoder = build_encoder(
-            config.encoder,
-            channels=channels,
-            image_size=config.image_size,
-            embedding_dim=config.embedding_dim,
-            width=config.width,
-            dropout=config.dropout,
-            pretrained=config.pretrained,
-        ).to(device)
+        self.built: dict[str, Any] = {  # how, for whoever builds it again
+            "name": config.encoder,
+            "channels": channels,
+            "image_size": list(config.image_size),
+            "embedding_dim": config.embedding_dim,
+            "width": config.width,
+            "dropout": config.dropout,
+        }
+        self.encoder = build_encoder(**self.built, pretrained=config.pretrained).to(device)
         self.forward = torch.compile(self.encoder) if config.compile else self.encoder
         self.loss: PrototypeMemoryLoss = build_loss(config, identities).to(device)
         decay = get_ema_multi_avg_fn(config.averaging)

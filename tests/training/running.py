@@ -70,6 +70,21 @@ def tiny(tmp_path, people):
     return file
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, people):
+    """The folder of a run of four steps on the folder of people that came to its end. Copy it to change it."""
+    root = tmp_path_factory.mktemp("finished")
+    (root / "tiny.toml").write_text(TINY + f"data = {json.dumps(str(people))}\nruns_dir = {json.dumps(str(root))}\n")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_roc", "draw_pairs"):
+            patch.setattr(report, name, lambda *arguments, **options: None)
+        result = train(root / "tiny.toml", "--name", "done")
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    return root / "done"
+
+
 def protomem(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
