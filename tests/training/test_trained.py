@@ -73,7 +73,7 @@ def test_what_is_no_run_is_refused(copied, tmp_path):
     with pytest.raises(RunError, match="does not hold an encoder"):
         load_encoder(copied)
     content = (copied / "encoder.pt").read_bytes()
-    (copied / "encoder.pt").write_bytes(content[:1000] + b"\0" + content[1001:])
+    (copied / "encoder.pt").write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
     with pytest.raises(RunError, match="damaged"):
         load_encoder(copied)
 
