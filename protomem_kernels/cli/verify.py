@@ -20,8 +20,7 @@ def verify(
     far: Annotated[float, typer.Option(help="False accept rate to keep to, on the run's own validation set.")] = 1e-3,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
-    """Say whether two images show one identity: their cosine, the threshold, the verdict.
-    """
+    """Say whether two images show one identity: their cosine, the threshold, the verdict."""
     verdict = compare(first, second, run, far=far, device=pick_device(device))
     point = verdict.point
     typer.echo(f"cosine     {verdict.cosine:+.4f}")
