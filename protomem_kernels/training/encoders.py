@@ -130,9 +130,9 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.backbone = _timm_model(name, pretrained)
         self.copies = 3 if channels == 1 else 1
-        self.embed = nn.Sequential(
-            nn.Linear(self.backbone.num_features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim)
-        )
+        # What is left without the classifier may end in a hidden layer of its own (MobileNetV3).
+        features = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        self.embed = nn.Sequential(nn.Linear(features, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, embedding_dim) embeddings of (B, 1 or 3, H, W) images."""
@@ -154,7 +154,7 @@ def _try_out(encoder: nn.Module, name: str, images: Tensor) -> None:
 def _timm_model(name: str, pretrained: bool) -> Any:
     try:
         timm = importlib.import_module("timm")
-    except ImportError as error:
+    except Exception as error:  # a torchvision of another torch raises what it likes, an AttributeError, a RuntimeError
         raise RunError(
             f"encoder {name!r} is a timm model and timm cannot be imported ({error}): pip install "
             "'protomem-kernels[timm]', or take --encoder residual"

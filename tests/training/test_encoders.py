@@ -83,6 +83,23 @@ def test_a_backbone_at_rate_zero_stays_what_it_is(timm):
     assert moved == [False, False, True, True, True]
 
 
+def test_a_backbone_with_a_hidden_layer_at_its_end(monkeypatch):
+    class Hidden(FakeBackbone):
+        def __init__(self):
+            super().__init__()
+            self.num_features, self.head_hidden_size = 3, 6
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=lambda name, **options: Hidden()))
+    encoder = encoders.build_encoder("mobilenetv3", channels=3, image_size=(16, 12), embedding_dim=5)
+    assert encoder(torch.randn(4, 3, 16, 12)).shape == (4, 5)
+
+
+def test_a_torchvision_that_does_not_fit_is_one_line(tiny, tmp_path, monkeypatch):
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert_refused(train(tiny, "--encoder", "resnet18"), "timm cannot be imported (operator torchvision::nms does")
+
+
 @pytest.mark.parametrize("options", [("--pretrained",), ("--backbone-learning-rate", "1e-5")])
 def test_the_residual_encoder_has_nothing_to_fine_tune(tiny, options):
     assert_refused(train(tiny, *options), options[0][2:].replace("-", "_"), "'residual'", "timm")
