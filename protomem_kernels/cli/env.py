@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 
@@ -51,11 +53,15 @@ def env(*, as_json: bool = False) -> None:
 
 
 def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells under a title, the columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """Print rows of cells under a title, the columns aligned; a terminal gets the last one in several lines."""
+    *widths, _ = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+    indent = 2 + sum(widths)
+    columns = shutil.get_terminal_size((0, 0)).columns  # 0: no terminal, and no end of a line
     print(f"{title}")
     for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        start = "  " + "".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True))
+        lines = textwrap.wrap(row[-1], max(20, columns - indent)) if columns else [row[-1]]
+        print(f"\n{' ' * indent}".join([start + "".join(lines[:1]), *lines[1:]]).rstrip())
     print()
 
 

@@ -16,6 +16,7 @@ import protomem_kernels.cli as cli
 from protomem_kernels.backends import reference
 from protomem_kernels.backends.choice import BACKENDS
 from protomem_kernels.backends.protocol import Backend
+from protomem_kernels.cli import env
 from protomem_kernels.cli.app import app
 from protomem_kernels.cli.env import CHECKS
 
@@ -37,6 +38,17 @@ def test_shows_versions_backends_and_checks_every_operator() -> None:
     for name, backend in BACKENDS.items():
         reason = backend.unavailable()
         assert reason is None or reason[:20] in result.output, name
+
+
+def test_a_narrow_terminal_and_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "a reason that is long " * 8 + "and has an end"
+    monkeypatch.setattr(Backend, "unavailable", lambda self: reason)
+    monkeypatch.setattr(env, "_self_check", lambda: ([("an_operator", "cpu", "reference", "0.1", "ok")], 0))
+    narrow = CliRunner(env={"COLUMNS": "60"}).invoke(app, ["env"]).stdout
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert reason in " ".join(narrow.split())
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert reason in CliRunner().invoke(app, ["env"]).stdout
 
 
 @pytest.mark.parametrize("operator", ["negative_logsumexp", "enqueue_", "hardest_negatives"])
