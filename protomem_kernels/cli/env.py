@@ -11,6 +11,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ def env(*, as_json: bool = False) -> None:
     if as_json:
         told = {
             "versions": dict(versions),
-            "backends": _named(("backend", "available", "reason"), backends),
-            "self_check": _named(CHECK, checks),
+            "backends": [{"backend": n, "available": yes == "yes", "reason": why} for n, yes, why in backends],
+            "self_check": [row | {"ms": float(row["ms"])} for row in _named(CHECK, checks)],
             "verdicts": _named(("device", "backend", "operator", "dtype", "result"), found),
             "failed": failed,
         }
@@ -65,7 +66,7 @@ def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def _named(keys: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+def _named(keys: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 

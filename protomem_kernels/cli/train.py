@@ -11,7 +11,7 @@ import typer
 
 from protomem_kernels.cli.errors import errors_in_one_line
 from protomem_kernels.cli.progress import Display, RunConsole
-from protomem_kernels.training.config import RUN, TrainConfig, config_from, read_toml, schema
+from protomem_kernels.training.config import RUN, TrainConfig, config_from, limits, read_toml, schema
 from protomem_kernels.training.loop import run_training
 from protomem_kernels.training.runs import reopen_run
 
@@ -48,6 +48,16 @@ def train(
     run_training(config, watch=Display(RunConsole()), resumed=folder)
 
 
+def _choices_told(choices: list[str]) -> str:
+    return f"[cyan]{', '.join(choices)}[/]" if choices else ""
+
+
+def _limits_told(name: str) -> str:
+    """Say the limits of a number that has two of them, unless they are there for the machine alone."""
+    low, high = limits(name)
+    return "" if low is None or high is None or high > 1024 else f"[cyan]{low:g} to {high:g}[/]"
+
+
 def _completing(choices: list[str]) -> Callable[[str], list[str]]:
     """Return what tells a shell the choices that begin with what is typed."""
 
@@ -73,7 +83,7 @@ def _take_options_from_the_config() -> None:
         flag = typer.Option(
             TrainConfig.model_fields[name].default,
             f"--{word}",
-            help=" ".join([accepted["description"], *([f"[cyan]{', '.join(choices)}[/]"] if choices else [])]),
+            help=" ".join(filter(None, [accepted["description"], _choices_told(choices), _limits_told(name)])),
             rich_help_panel=accepted["panel"],
             metavar="NAME" if choices else None,
             autocompletion=_completing(choices) if choices else None,

@@ -15,9 +15,11 @@ from protomem_kernels.training.files import written_whole
 CONFIG, CHECKPOINT, ENCODER, METRICS = "config.toml", "checkpoint.pt", "encoder.pt", "metrics.json"
 ROC, PAIRS = "roc.png", "hardest_pairs.png"
 
-# What a resumed run may do otherwise without becoming another experiment. A different device or number of threads
-# rounds differently, so the figures then agree to rounding only.
-FREE_ON_RESUME = frozenset({"name", "runs_dir", "device", "threads", "workers", "checkpoint_every", "strict"})
+# What a resumed run may do otherwise without becoming another experiment. A different device, compiler or number of
+# threads rounds differently, so the figures then agree to rounding only.
+FREE_ON_RESUME = frozenset(
+    {"name", "runs_dir", "device", "threads", "workers", "checkpoint_every", "compile", "strict"}
+)
 
 
 def start_run(config: TrainConfig) -> Path:

@@ -68,7 +68,9 @@ def test_a_wrong_operator_ends_with_exit_code_1(operator: str, monkeypatch: pyte
 def test_the_same_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(CliRunner().invoke(app, ["env", "--json"]).stdout)
     assert told["versions"]["torch"] == torch.__version__
-    assert [row["backend"] for row in told["backends"]] == [*BACKENDS]
+    reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    assert {row["backend"]: row["available"] for row in told["backends"]} == {n: not why for n, why in reasons.items()}
+    assert all(row["ms"] > 0 for row in told["self_check"])
     assert [row["result"] for row in told["self_check"] if row["device"] == "cpu"] == ["ok"] * len(CHECKS)
     assert told["failed"] == 0
     monkeypatch.setattr(cli, "find_spec", lambda name: None)  # nothing but torch

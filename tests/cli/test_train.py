@@ -1,5 +1,7 @@
 """``protomem train``: its options, which of them were typed, and errors in one line."""
 
+import re
+
 import pytest
 
 from protomem_kernels.cli import train as command
@@ -32,6 +34,8 @@ def test_help_shows_every_field_and_its_choices(monkeypatch):
         assert "--" + name.replace("_", "-") + " " in result.stdout
         for choice in accepted.get("enum") or accepted["choices"]:
             assert choice in result.stdout
+    assert re.search(r"--fold .*\n.* 0 to 3 ", result.stdout)
+    assert re.search(r"--inner-fold .*(\n.*)+ -1 to 2 ", result.stdout)
 
 
 def test_a_switch_overrides_the_file_both_ways(tiny, tmp_path):

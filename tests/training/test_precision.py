@@ -55,6 +55,10 @@ def test_a_compiled_run_is_the_same_run(tiny, tmp_path, monkeypatch):
     assert train(tiny, "--name", "compiled", "--compile").exit_code == 0
     assert len(compiled) == 1
     assert figures(tmp_path / "runs" / "compiled") == figures(tmp_path / "runs" / "plain")
+    stop_after(tmp_path, tiny, 2, "--name", "half", "--compile")
+    assert train(tiny, "--name", "half", "--resume", "--no-compile").exit_code == 0  # where there is no compiler
+    assert len(compiled) == 2
+    assert figures(tmp_path / "runs" / "half") == figures(tmp_path / "runs" / "plain")
 
 
 def test_a_compiler_that_is_not_there_is_one_line(tiny, monkeypatch):

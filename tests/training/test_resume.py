@@ -19,6 +19,7 @@ from tests.training.running import assert_refused, figures, protomem, stop_after
         ("--quality", "norm", "--margin", "adaface", "--mining", "hard-samples"),
         ("--quality", "softmax:base=center", "--mining", "mv-softmax", "--capacity", "4"),
         ("--mining", "hardest-negatives", "--augmentation", "0"),
+        ("--quality", "softmax:base=recognizability", "--margin", "elasticface:std=0.1"),
         ("--mining", "noisy-negative-filter", "--refresh-ratio", "1"),
     ],
 )
