@@ -9,6 +9,7 @@ from protomem_kernels.training import parts
 from protomem_kernels.training.config import TrainConfig, config_from, read_toml, schema
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.steps import Training
+from protomem_kernels.training.unrecognizable import show_unrecognizable
 from tests.training.running import assert_refused, stop_after, train
 
 PUBLIC = {kind: set() for kind in parts.KINDS}
@@ -47,6 +48,14 @@ def test_what_nobody_recognises_is_shown_to_who_asks():
     run.advance(torch.rand(8, 1, 16, 12), torch.arange(4).repeat(2))
     assert before.norm() == 0
     assert run.loss.quality.base.unrecognizable.norm() == pytest.approx(1)
+
+
+def test_what_nobody_recognises_leaves_the_encoder_as_it_is():
+    run = training(quality="recognizability")
+    before = {name: value.clone() for name, value in run.encoder.train().state_dict().items()}
+    show_unrecognizable(run.loss, run.encoder, torch.rand(8, 1, 16, 12), torch.Generator().manual_seed(0))
+    assert run.loss.quality.unrecognizable.norm() == pytest.approx(1)
+    assert all(torch.equal(before[name], value) for name, value in run.encoder.state_dict().items())
 
 
 def test_parameters_reach_the_constructor():
