@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ from protomem_kernels.data.left_out import LeftOut
 __all__ = [
     "IMAGE_SUFFIXES",
     "DatasetError",
+    "Encoded",
     "ImageDataset",
     "identity_folds",
     "image_folder",
+    "image_name",
     "orl_faces",
     "split_by_fold",
 ]
@@ -38,13 +41,25 @@ IMAGE_SUFFIXES = image_suffixes()
 _ORL_PEOPLE, _ORL_IMAGES = 40, 10
 
 
+class Encoded(Protocol):
+    """An image within a larger file. ``str`` of it is what errors call it: the file, a slash and the image."""
+
+    def read(self) -> bytes:
+        """Return the bytes of the encoded image, or raise ImageError."""
+
+
+def image_name(path: Path | Encoded) -> str:
+    """Return the name of an image of a data set for people to read: that of its folder, a slash and its own."""
+    return f"{path.parent.name}/{path.name}" if isinstance(path, Path) else str(path)
+
+
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Image files with one identity each, read when they are asked for.
 
     ``dataset[i]`` is ``(image, label)``: the image (C, H, W) uint8 and its label, an int.
 
     Args:
-        paths: the image files, at least one.
+        paths: the image files, at least one; or what is read like one, an :class:`Encoded`.
         labels: their identities, integers in ``[0, len(names))``.
         names: the name of each identity.
         image_size: (height, width) in pixels to resize to (bilinear, antialiased); None: as in the file.
@@ -52,7 +67,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         max_megapixels: a larger image cannot be read.
 
     Attributes:
-        paths: list of :class:`~pathlib.Path`.
+        paths: list of :class:`~pathlib.Path` and :class:`Encoded`.
         labels: (N,) int64 tensor.
         names: list of str.
         left_out: a :class:`~protomem_kernels.data.left_out.LeftOut` of what lies beside these images and is not used.
@@ -71,7 +86,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        paths: Sequence[str | os.PathLike[str]],
+        paths: Sequence[str | os.PathLike[str] | Encoded],
         labels: Tensor | Sequence[int],
         names: Sequence[str],
         *,
@@ -79,7 +94,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         mode: str = "RGB",
         max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
-        self.paths = [Path(path) for path in paths]
+        self.paths = [Path(path) if isinstance(path, (str, os.PathLike)) else path for path in paths]
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.names = list(names)
         self.image_size = image_size
@@ -164,8 +179,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             images[index] = image
         return images
 
-    def _read(self, path: Path) -> Tensor:
-        return decode(path, mode=self.mode, image_size=self.image_size, max_megapixels=self.max_megapixels)
+    def _read(self, path: Path | Encoded) -> Tensor:
+        source, name = (path, None) if isinstance(path, Path) else (path.read(), str(path))
+        return decode(source, mode=self.mode, image_size=self.image_size, name=name, max_megapixels=self.max_megapixels)
 
     def _alike(self) -> Iterator[Tensor]:
         """All images, one after another, all of the first one's shape."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from protomem_kernels.data.errors import DatasetError, ImageError
-from protomem_kernels.data.images import ImageDataset
+from protomem_kernels.data.images import ImageDataset, image_name
 
 BROKEN = "images that cannot be read"
 NO_LONGER = "identities with fewer than two readable images"
@@ -52,7 +51,7 @@ def read_all(dataset: ImageDataset, *, keep: bool = True, workers: int = 0) -> t
     pixels = torch.empty(0, dtype=torch.uint8)
     for index, (image, reason) in enumerate(_attempts(dataset, workers)):
         if image is None:
-            broken.append(f"{_name(dataset.paths[index])}: {reason}")
+            broken.append(f"{image_name(dataset.paths[index])}: {reason}")
             continue
         if keep and not good:
             pixels = torch.empty((len(dataset), *image.shape), dtype=torch.uint8)
@@ -80,7 +79,3 @@ def _attempts(dataset: ImageDataset, workers: int) -> Iterator[tuple[Tensor | No
     if not workers:
         return (attempts[index] for index in range(len(attempts)))
     return iter(DataLoader(attempts, batch_size=None, num_workers=workers))
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"

@@ -82,7 +82,16 @@ class TrainConfig(BaseModel):
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ... (auto: a GPU where there is one).", RUN)
     threads: int = option(0, "CPU threads; 0: as many as PyTorch sees fit.", RUN, low=0, high=1024)
 
-    data: str = option("", "Folder with one sub-folder of images per identity. [dim]Default: ORL faces.[/]", DATA)
+    data: str = option(
+        "",
+        "Folder with one sub-folder of images per identity; .rec (insightface), .tar (webdataset), .parquet or a saved "
+        "table of the library datasets. [dim]Default: ORL faces.[/]",
+        DATA,
+    )
+    image_column: str = option("", "Column of a table that holds the images. [dim]Default: found.[/]", DATA)
+    label_column: str = option(
+        "", "Column of a table, or extension in tar files (cls), that names the identity. [dim]Default: found.[/]", DATA
+    )
     fold: int = option(3, "Which quarter of the identities is held out for verification.", DATA, low=0, high=3)
     inner_fold: int = option(
         -1,

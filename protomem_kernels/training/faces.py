@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
-from protomem_kernels.data.images import DatasetError, ImageDataset, image_folder, orl_faces, split_by_fold
+from protomem_kernels.data.images import DatasetError, ImageDataset, orl_faces, split_by_fold
 from protomem_kernels.data.reading import read_all
 from protomem_kernels.data.sampling import IdentityBatchSampler
+from protomem_kernels.data.sources import labelled_images
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.stopping import outlive_stop_signals
@@ -34,7 +35,13 @@ class Faces:
 
     def __init__(self, config: TrainConfig) -> None:
         if config.data:
-            dataset = image_folder(config.data, image_size=config.image_size, max_megapixels=config.max_megapixels)
+            dataset = labelled_images(
+                config.data,
+                image_size=config.image_size,
+                max_megapixels=config.max_megapixels,
+                image_column=config.image_column,
+                label_column=config.label_column,
+            )
         else:
             dataset = orl_faces(image_size=config.image_size)
         self.channels = 1 if dataset.mode == "L" else 3

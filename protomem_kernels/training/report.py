@@ -117,7 +117,7 @@ def _rates(result: VerificationResult, prefix: str) -> dict[str, float]:
 def _pair(faces: Faces, first: int, second: int, cosine: float) -> Pair:
     """Return a pair of unseen images with what stands below them."""
     paths = [faces.unseen.paths[index] for index in (first, second)]
-    names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    names = [f"{path.parent.name}/{path.stem}" if isinstance(path, Path) else str(path) for path in paths]
     height, width = faces.image_size
     size = (PICTURE_HEIGHT, max(1, PICTURE_HEIGHT * width // height))
     shown = ImageDataset(paths, [0, 1], names, image_size=size, mode=faces.unseen.mode)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from protomem_kernels.training import faces
 from protomem_kernels.training.config import TrainConfig
+from tests.data.packing import png, write_rec, write_tar
 from tests.training.running import assert_refused, figures, train
 
 
@@ -129,3 +130,20 @@ def test_an_image_beyond_the_limit_is_left_out_with_its_size(tiny, tmp_path):
     Image.new("L", (200, 100)).save(root / "p2" / "9.png")
     result = train(tiny, "--data", root, "--max-megapixels", 0.015)
     assert "left out, images that cannot be read: 1 (p2/9.png: 100 x 200 = 0.02 megapixels)" in result.output
+
+
+def test_a_rec_and_tars_train_as_a_folder_of_the_same_images_does(tiny, tmp_path):
+    (tmp_path / "tars").mkdir()
+    write_rec(tmp_path / "train.rec", [3] * 8)
+    images = {f"{person}/{image}": png(person, image) for person in range(8) for image in range(3)}
+    write_tar(tmp_path / "tars" / "0.tar", {f"{name}.png": image for name, image in images.items()})
+    for name, image in images.items():
+        file = tmp_path / "folder" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image)
+    came = {}
+    for name in ("train.rec", "tars", "folder"):
+        assert train(tiny, "--name", name, "--data", tmp_path / name, "--workers", 1).exit_code == 0
+        came[name] = figures(tmp_path / "runs" / name) | {"data": ""}
+    assert came["train.rec"] == came["tars"] == came["folder"]
+    assert came["folder"]["train_identities"] == 6
