@@ -21,6 +21,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from protomem_kernels._checks import way_to_integers, way_to_one_dimension
+from protomem_kernels.data.intervals import ScoredPairs, accuracy_interval, tar_intervals
 
 __all__ = [
     "HardestPairs",
@@ -42,6 +43,9 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 ArrayLike: TypeAlias = Tensor | npt.ArrayLike
+
+WIDE = 0.1  # an interval beyond this width says little
+_INTERVAL_PAIRS = 100_000  # of each kind, of which intervals are estimated
 
 _CHUNK_BYTES = 2**26  # of temporary float64 cosines or gathered embeddings
 
@@ -83,11 +87,41 @@ class VerificationResult:
     folds: int  # of the verification accuracy
     genuine_pairs: int  # behind the ROC figures
     impostor_pairs: int
+    genuine_pairs_in_all: int  # of which those were drawn, where they are fewer
+    impostor_pairs_in_all: int
+    rank1_probes: int  # images that were looked up
+    identities: int
+    seed: int  # of all that was drawn
+    verification_accuracy_low: float  # 95 % confidence, over identities (data.intervals)
+    verification_accuracy_high: float
+    tar_at_far_1e_2_low: float
+    tar_at_far_1e_2_high: float
+    tar_at_far_1e_3_low: float
+    tar_at_far_1e_3_high: float
     roc: RocCurve = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, float]:
         """The numbers by name, without the curve: ready for JSON, CSV or TensorBoard."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "roc"}
+
+    def cautions(self) -> list[str]:
+        """What these figures cannot say, because the set is too small: a line each, none where it is large enough.
+
+        A false accept rate below 1 in the number of impostor pairs is measured as none at all; an interval wider than
+        a tenth does not tell a good encoder from a poor one.
+        """
+        lines = [
+            f"{self.impostor_pairs_in_all} impostor pairs cannot show a FAR of {far}: TAR there lets no impostor in"
+            for far in (1e-2, 1e-3)
+            if self.impostor_pairs_in_all * far < 1
+        ]
+        low, high = self.verification_accuracy_low, self.verification_accuracy_high
+        if high - low > WIDE:
+            lines.append(
+                f"{self.identities} identities say little: accuracy {self.verification_accuracy:.3f} may be "
+                f"{low:.3f} to {high:.3f} (95 %)"
+            )
+        return lines
 
 
 def _array(values: ArrayLike) -> npt.NDArray[Any]:
@@ -179,14 +213,14 @@ class _PairCounter:
         return Pairs(first, second, np.arange(len(first)) < len(genuine))
 
 
-def _drawn_pairs(labels: Ints, impostors: int | None, seed: int) -> Pairs:
-    """All genuine pairs and so many of the impostor pairs (None: as many as genuine ones), uniformly drawn."""
-    counter = _PairCounter(labels)
-    wanted = min(counter.impostors, counter.genuine if impostors is None else impostors)
-    return counter.pairs(np.arange(counter.genuine), _draw(counter.impostors, wanted, seed))
+def _drawn_pairs(counter: _PairCounter, genuine: int | None, impostors: int | None, seed: int) -> Pairs:
+    """So many of the genuine pairs (None: all) and of the impostors (None: as many as those), uniformly drawn."""
+    kept = counter.genuine if genuine is None else min(counter.genuine, genuine)
+    wanted = min(counter.impostors, kept if impostors is None else impostors)
+    return counter.pairs(_draw(counter.genuine, kept, [seed, 1]), _draw(counter.impostors, wanted, seed))
 
 
-def _draw(total: int, count: int, seed: int) -> Ints:
+def _draw(total: int, count: int, seed: int | list[int]) -> Ints:
     """Draw ``count`` of the numbers below ``total``, ascending, all sets equally likely; memory O(count)."""
     rng = np.random.default_rng(seed)
     if total == count:
@@ -219,7 +253,7 @@ def all_pairs(labels: ArrayLike) -> Pairs:
     return counter.pairs(np.arange(counter.genuine), np.arange(counter.impostors))
 
 
-def verification_pairs(labels: ArrayLike, seed: int = 0) -> Pairs:
+def verification_pairs(labels: ArrayLike, seed: int = 0, *, max_genuine: int | None = None) -> Pairs:
     """All genuine pairs and an equal number of impostor pairs, drawn uniformly and without replacement.
 
     Where there are fewer impostor pairs than genuine ones, all of them are taken.
@@ -227,6 +261,7 @@ def verification_pairs(labels: ArrayLike, seed: int = 0) -> Pairs:
     Args:
         labels: (N,) integers >= 0, the identity of each image.
         seed: what the draw depends on.
+        max_genuine: beyond so many genuine pairs, that many of them are drawn.
 
     Raises:
         ValueError: as :func:`all_pairs`.
@@ -237,7 +272,7 @@ def verification_pairs(labels: ArrayLike, seed: int = 0) -> Pairs:
         [True, True, True, True, True, True, False, False, False, False, False, False]
 
     """
-    return _drawn_pairs(_checked_labels(labels), None, seed)
+    return _drawn_pairs(_PairCounter(_checked_labels(labels)), max_genuine, None, seed)
 
 
 def cosine_scores(embeddings: ArrayLike, pairs: Pairs) -> Floats:
@@ -302,25 +337,50 @@ def verification_accuracy(scores: ArrayLike, same: ArrayLike, folds: int = 10, s
 
     """
     scores, same = _checked_scores(scores, same)
+    return _accuracy(_verdicts(scores, same, _checked_folds(folds, same), seed))
+
+
+def _checked_folds(folds: int, same: Bools) -> int:
     most = int(min(same.sum(), (~same).sum()))
     if not 2 <= folds <= most:
         raise ValueError(
             f"folds must be at least 2 and at most {most}, the number of pairs of the rarer kind, got {folds}"
         )
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    accuracies = [
-        np.mean((scores[fold] >= _best_threshold(scores[others], same[others])) == same[fold])
-        for others, fold in splitter.split(scores, same)
-    ]
+    return folds
+
+
+def _accuracy(verdicts: list[tuple[Ints, Bools]]) -> tuple[float, float]:
+    accuracies = [np.mean(right) for _, right in verdicts]
     return float(np.mean(accuracies)), float(np.std(accuracies))
 
 
+def _verdicts(scores: Floats, same: Bools, folds: int, seed: int) -> list[tuple[Ints, Bools]]:
+    """The pairs of each fold, and which of them the threshold of the other folds judges rightly."""
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    order = np.argsort(-scores, kind="stable")  # once for all folds
+    ranked_scores, ranked_same, verdicts = scores[order], same[order], []
+    for _, fold in splitter.split(scores, same):
+        others = np.ones(len(scores), bool)
+        others[fold] = False
+        others = others[order]
+        threshold = _best_ranked_threshold(ranked_scores[others], ranked_same[others])
+        verdicts.append((fold, (scores[fold] >= threshold) == same[fold]))
+    return verdicts
+
+
 def _best_threshold(scores: Floats, same: Bools) -> float:
-    far, tar, thresholds = roc_curve(same, scores, drop_intermediate=False)
-    right = tar * same.sum() + (1 - far) * (~same).sum()
-    best = int(np.argmax(np.round(right)))  # counts, so rounding makes equals equal
-    lower = thresholds[min(best + 1, len(thresholds) - 1)]
-    return float((thresholds[best] + lower) / 2)
+    order = np.argsort(-scores, kind="stable")
+    return _best_ranked_threshold(scores[order], same[order])
+
+
+def _best_ranked_threshold(scores: Floats, same: Bools) -> float:
+    """The best threshold for pairs whose scores fall."""
+    ends = np.flatnonzero(np.diff(scores, append=-np.inf))  # the last of equal scores
+    accepted = np.concatenate([[0], np.cumsum(same)[ends]])  # genuine ones, by threshold
+    let_in = np.concatenate([[0], ends + 1]) - accepted
+    best = int(np.argmax(accepted - let_in))
+    thresholds = np.concatenate([[np.inf], scores[ends]])
+    return float((thresholds[best] + thresholds[min(best + 1, len(ends))]) / 2)
 
 
 def roc(scores: ArrayLike, same: ArrayLike) -> RocCurve:
@@ -392,65 +452,133 @@ def rank1(embeddings: ArrayLike, labels: ArrayLike) -> float:
     return _rank1(_unit(embeddings, len(labels)), labels)
 
 
-def _rank1(unit: Floats, labels: Ints) -> float:
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    hits = np.zeros(len(labels), dtype=bool)
-    for rows in _chunks(len(labels), len(labels)):
-        cosines = unit[rows] @ unit.T
-        cosines[np.arange(len(cosines)), np.arange(rows.start, rows.stop)] = -np.inf
-        hits[rows] = labels[cosines.argmax(axis=1)] == labels[rows]
-    return float(hits[counts[inverse] > 1].mean())
+def _rank1(unit: Floats, labels: Ints, probes: Ints | None = None) -> float:
+    """Look some images (default: all that are not alone in their identity) up among all others."""
+    probes = _probes(labels) if probes is None else probes
+    hits = np.zeros(len(probes), dtype=bool)
+    for rows in _chunks(len(probes), len(labels)):
+        chosen = probes[rows]
+        cosines = unit[chosen] @ unit.T
+        cosines[np.arange(len(chosen)), chosen] = -np.inf
+        hits[rows] = labels[cosines.argmax(axis=1)] == labels[chosen]
+    return float(hits.mean())
+
+
+def _probes(labels: Ints) -> Ints:
+    """The images that are not alone in their identity."""
+    return np.flatnonzero(np.bincount(labels)[labels] > 1)
 
 
 def evaluate(
-    embeddings: ArrayLike, labels: ArrayLike, seed: int = 0, *, folds: int = 10, max_impostors: int = 1_000_000
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    seed: int = 0,
+    *,
+    folds: int = 10,
+    max_impostors: int = 1_000_000,
+    max_genuine: int = 1_000_000,
+    max_probes: int = 20_000,
+    resamples: int = 200,
 ) -> VerificationResult:
-    """All figures at once: verification accuracy, AUC, TAR at FAR 1e-2 and 1e-3, rank-1.
+    """All figures at once: verification accuracy, AUC, TAR at FAR 1e-2 and 1e-3, rank-1, and how sure they are.
 
-    The accuracy is over :func:`verification_pairs`, AUC and TAR over all pairs.
+    The accuracy is over :func:`verification_pairs`, AUC and TAR over all pairs. Beyond the limits below, so many pairs
+    or images are drawn instead, each as likely as any other, and the result tells how many of how many; so time and
+    memory grow with the images, not with their pairs.
 
     Args:
         embeddings: (N, D) floating, any length, of identities that were not trained on.
         labels: (N,) integers >= 0.
-        seed: for the impostor pairs and the folds.
+        seed: for the pairs, the folds and the intervals.
         folds: of the verification accuracy; fewer where there are fewer pairs of a kind than folds (``result.folds``
             tells), and one genuine or impostor pair alone is not enough.
-        max_impostors: beyond this many impostor pairs (about 1400 images), AUC and TAR are over that many of them,
-            drawn uniformly; genuine pairs are always all there.
+        max_impostors: beyond this many impostor pairs (about 1400 images), AUC and TAR are over that many of them.
+        max_genuine: beyond this many genuine pairs, all figures are over that many of them.
+        max_probes: beyond this many images, rank-1 looks up that many of them, among all.
+        resamples: draws of identities behind the intervals (:mod:`protomem_kernels.data.intervals`), which are of at
+            most 100,000 pairs of each kind.
 
     Raises:
         ValueError: wrong shape or dtype, a row that is not finite, a negative label, fewer than two identities, fewer
-            than two genuine pairs, ``max_impostors`` below 1.
+            than two genuine pairs, a limit below 1, ``max_genuine`` below 2.
 
     Example:
         >>> embeddings = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
-        >>> evaluate(embeddings, [0, 0, 1, 1]).as_dict()["verification_accuracy"]
-        1.0
+        >>> result = evaluate(embeddings, [0, 0, 1, 1])
+        >>> result.verification_accuracy, round(result.verification_accuracy_low, 2)
+        (1.0, 0.34)
+        >>> result.cautions()[-1]
+        '2 identities say little: accuracy 1.000 may be 0.342 to 1.000 (95 %)'
 
     """
     labels = _checked_labels(labels)
     unit = _unit(embeddings, len(labels))
-    if max_impostors < 1:
-        raise ValueError(f"max_impostors must be at least 1, got {max_impostors}")
-    balanced = verification_pairs(labels, seed)
+    for name, limit, least in [
+        ("max_impostors", max_impostors, 1),
+        ("max_genuine", max_genuine, 2),
+        ("max_probes", max_probes, 1),
+        ("resamples", resamples, 1),
+    ]:
+        if limit < least:
+            raise ValueError(f"{name} must be at least {least}, got {limit}")
+    counter = _PairCounter(labels)
+    balanced = _drawn_pairs(counter, max_genuine, None, seed)
     genuine = int(balanced.same.sum())
     folds = min(folds, genuine, len(balanced.same) - genuine)
-    accuracy, deviation = verification_accuracy(_cosines(unit, balanced), balanced.same, folds, seed)
-    pairs = _drawn_pairs(labels, max_impostors, seed)
+    scores, same = _checked_scores(_cosines(unit, balanced), balanced.same)
+    verdicts = _verdicts(scores, same, _checked_folds(folds, same), seed)
+    accuracy, deviation = _accuracy(verdicts)
+    right = np.empty(len(same), bool)
+    for fold, judged in verdicts:
+        right[fold] = judged
+    part = _part(same, seed)
+    accuracy_range = accuracy_interval(
+        accuracy, right[part], _owners(balanced, part, labels), resamples=resamples, seed=seed
+    )
+
+    pairs = _drawn_pairs(counter, max_genuine, max_impostors, seed)
     scores = _cosines(unit, pairs)
     curve = roc(scores, pairs.same)
+    far, tar, _ = roc_curve(pairs.same, scores, drop_intermediate=False)
+    tars = {limit: float(tar[far <= limit].max()) for limit in (1e-2, 1e-3)}
+    part = _part(pairs.same, seed)
+    ranges = tar_intervals(tars, scores[part], _owners(pairs, part, labels), resamples=resamples, seed=seed)
+    probes = _probes(labels)
+    probes = probes[_draw(len(probes), min(len(probes), max_probes), [seed, 2])]
     return VerificationResult(
         verification_accuracy=accuracy,
         verification_accuracy_std=deviation,
         auc=curve.auc,
-        tar_at_far_1e_2=tar_at_far(scores, pairs.same, 1e-2),
-        tar_at_far_1e_3=tar_at_far(scores, pairs.same, 1e-3),
-        rank1=_rank1(unit, labels),
+        tar_at_far_1e_2=tars[1e-2],
+        tar_at_far_1e_3=tars[1e-3],
+        rank1=_rank1(unit, labels, probes),
         folds=folds,
         genuine_pairs=genuine,
         impostor_pairs=len(scores) - genuine,
+        genuine_pairs_in_all=counter.genuine,
+        impostor_pairs_in_all=counter.impostors,
+        rank1_probes=len(probes),
+        identities=int(labels.max()) + 1,
+        seed=seed,
+        verification_accuracy_low=accuracy_range.low,
+        verification_accuracy_high=accuracy_range.high,
+        tar_at_far_1e_2_low=ranges[1e-2].low,
+        tar_at_far_1e_2_high=ranges[1e-2].high,
+        tar_at_far_1e_3_low=ranges[1e-3].low,
+        tar_at_far_1e_3_high=ranges[1e-3].high,
         roc=curve,
     )
+
+
+def _part(same: Bools, seed: int) -> Ints:
+    """Positions of pairs, at most ``_INTERVAL_PAIRS`` of each kind."""
+    kinds = (np.flatnonzero(same), np.flatnonzero(~same))
+    return np.concatenate([kind[_draw(len(kind), min(len(kind), _INTERVAL_PAIRS), [seed, 3])] for kind in kinds])
+
+
+def _owners(pairs: Pairs, part: Ints, labels: Ints) -> ScoredPairs:
+    first, second = labels[pairs.first[part]], labels[pairs.second[part]]
+    return ScoredPairs(first, second, pairs.same[part], int(labels.max()) + 1)
 
 
 def hardest_pairs(embeddings: ArrayLike, labels: ArrayLike, count: int) -> HardestPairs:
@@ -477,19 +605,45 @@ def hardest_pairs(embeddings: ArrayLike, labels: ArrayLike, count: int) -> Harde
     unit = _unit(embeddings, len(labels))
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    counter = _PairCounter(labels)
-    genuine = counter.pairs(np.arange(counter.genuine), np.arange(0))
-    rejects = _lowest(_cosines(unit, genuine), genuine.first, genuine.second, count)
-
-    accepts = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)  # negative cosines, first, second
+    accepts = rejects = _NOTHING
     for rows in _chunks(len(labels), len(labels)):
-        first, second = np.nonzero(
-            (np.arange(rows.start, rows.stop)[:, None] < np.arange(len(labels))) & (labels[rows, None] != labels)
-        )
-        scores = np.concatenate([accepts[0], -(unit[rows] @ unit.T)[first, second]])
-        first, second = np.concatenate([accepts[1], first + rows.start]), np.concatenate([accepts[2], second])
-        accepts = _lowest(scores, first, second, count)
+        cosines = unit[rows] @ unit[rows.start :].T
+        usable = np.triu(np.ones(cosines.shape, bool), 1) & (labels[rows, None] != labels[rows.start :])
+        cosines[~usable] = -np.inf
+        accepts = _lowest_of(-cosines, rows.start, rows.start, accepts, count)
+    by_identity = np.argsort(labels, kind="stable")
+    for images in np.split(by_identity, np.cumsum(np.bincount(labels))[:-1]):
+        for rows in _chunks(len(images), len(images)):
+            cosines = unit[images[rows]] @ unit[images[rows.start :]].T
+            cosines[~np.triu(np.ones(cosines.shape, bool), 1)] = np.inf
+            rejects = _lowest_of(cosines, images[rows], images[rows.start :], rejects, count)
     return HardestPairs(_as_tuples(-accepts[0], *accepts[1:]), _as_tuples(*rejects))
+
+
+_NOTHING = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)  # scores, first, second
+
+
+def _lowest_of(
+    scores: Floats, first: Ints | int, second: Ints | int, so_far: tuple[Floats, Ints, Ints], count: int
+) -> tuple[Floats, Ints, Ints]:
+    """The ``count`` lowest of those so far and of a matrix, whose infinite entries are none.
+
+    Rows and columns are positions that begin at ``first`` and ``second``, or are listed there.
+    """
+    if len(so_far[0]) == count:
+        bar = so_far[0][-1]
+    else:
+        bar = np.partition(scores, count - 1, axis=None)[count - 1] if scores.size > count else np.inf
+    rows, columns = np.nonzero((scores <= bar) & (scores < np.inf))
+    new = scores[rows, columns]
+    rows = rows + first if isinstance(first, int) else first[rows]
+    columns = columns + second if isinstance(second, int) else second[columns]
+    return _lowest(
+        np.concatenate([so_far[0], new]),
+        np.concatenate([so_far[1], rows]),
+        np.concatenate([so_far[2], columns]),
+        count,
+    )
 
 
 def _lowest(scores: Floats, first: Ints, second: Ints, count: int) -> tuple[Floats, Ints, Ints]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -285,6 +286,56 @@ def test_evaluate_draws_impostors_beyond_the_limit():
     assert drawn.auc == pytest.approx(full.auc, abs=0.01)
     assert drawn.auc != full.auc
     assert drawn.rank1 == full.rank1
+
+
+def test_evaluate_draws_genuine_pairs_and_probes_beyond_the_limit():
+    labels = np.concatenate([np.zeros(200, int), 1 + np.repeat(np.arange(40), 5)])
+    embeddings = clustered(labels, spread=1.5)
+    full = evaluate(embeddings, labels)
+    drawn = evaluate(embeddings, labels, 7, max_genuine=3000, max_probes=150, max_impostors=30_000)
+    assert (full.genuine_pairs, full.genuine_pairs_in_all) == (20_300, 20_300)
+    assert (drawn.genuine_pairs, drawn.genuine_pairs_in_all) == (3000, 20_300)
+    assert (drawn.impostor_pairs, drawn.impostor_pairs_in_all) == (30_000, full.impostor_pairs)
+    assert (full.rank1_probes, drawn.rank1_probes, drawn.seed, drawn.identities) == (400, 150, 7, 41)
+    for name in ("verification_accuracy", "auc", "tar_at_far_1e_2", "rank1"):
+        assert getattr(drawn, name) == pytest.approx(getattr(full, name), abs=0.1 if name == "rank1" else 0.03)
+    assert drawn != full
+    assert drawn == evaluate(embeddings, labels, 7, max_genuine=3000, max_probes=150, max_impostors=30_000)
+
+
+def test_drawn_genuine_pairs_are_uniform():
+    labels = [0, 0, 0, 0, 1, 1, 2, 2, 2]  # 10 genuine pairs
+    counts = dict.fromkeys(as_set(all_pairs(labels), True), 0)
+    draws = 2000
+    for seed in range(draws):
+        pairs = verification_pairs(labels, seed, max_genuine=3)
+        assert pairs.same.tolist() == [True] * 3 + [False] * 3
+        for pair in as_set(pairs, True):
+            counts[pair] += 1
+    expected = draws * 3 / 10
+    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 28  # chi-square, 9 d.o.f., p = 0.001
+
+
+def test_memory_grows_with_the_images_not_with_their_pairs(monkeypatch):
+    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 2**20)
+    labels = np.concatenate([np.zeros(3000, int), np.repeat(np.arange(1, 101), 2)])  # 4.5 million genuine pairs
+    embeddings = np.random.default_rng(0).normal(size=(len(labels), 4))
+    tracemalloc.start()
+    evaluate(embeddings, labels, max_genuine=5000, max_impostors=5000, max_probes=100, resamples=5)
+    hardest_pairs(embeddings, labels, 8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # the pairs alone would be 77 MB
+
+
+def test_cautions_name_what_a_small_set_cannot_say():
+    few = evaluate(clustered(np.repeat(np.arange(4), 3)), np.repeat(np.arange(4), 3))
+    assert few.cautions()[:2] == [
+        f"54 impostor pairs cannot show a FAR of {far}: TAR there lets no impostor in" for far in ("0.01", "0.001")
+    ]
+    assert few.cautions()[2].startswith("4 identities say little: accuracy ")
+    labels = np.repeat(np.arange(150), 4)
+    assert evaluate(clustered(labels), labels).cautions() == []
 
 
 GOOD = np.eye(4)
