@@ -221,7 +221,8 @@ def go_on(training: Training, checkpoint: Path) -> Earlier:
     """Put ``training`` where the checkpoint was written; return what is behind it."""
     content = checkpoints.load_checkpoint(checkpoint)
     try:
-        theirs, ours = content["config"], training.config.as_dict()
+        # An option that is newer than the checkpoint did not exist there: the run had what is its default now.
+        theirs, ours = {**TrainConfig().as_dict(), **content["config"]}, training.config.as_dict()
         for key in ours:
             extended = key == "steps" and type(theirs[key]) is int and theirs[key] < ours[key]
             if theirs[key] != ours[key] and key not in runs.FREE_ON_RESUME and not extended:

@@ -1,6 +1,8 @@
 """A run that was broken off, by whatever, goes on to the undisturbed run's figures."""
 
+import json
 import random
+import shlex
 
 import pytest
 import torch
@@ -116,6 +118,30 @@ def test_an_extended_run_that_is_broken_off_goes_on_as_one_that_was_not(tiny, tm
     assert protomem("train", "--resume", "--name", "broken", "--runs-dir", tmp_path / "runs").exit_code == 0
     calm, broken = (tmp_path / "runs" / name for name in ("calm", "broken"))
     assert killed.difference(broken, calm) is None
+
+
+def test_a_run_from_before_has_what_it_lacked_once_it_is_resumed(tiny, tmp_path, people):
+    """Thresholds and the encoder's own file came later, and options with them."""
+    assert train(tiny, "--name", "old").exit_code == 0
+    folder = tmp_path / "runs" / "old"
+    newer = ("image_column", "label_column")
+    lines = (folder / "config.toml").read_text().splitlines(keepends=True)
+    (folder / "config.toml").write_text("".join(line for line in lines if not line.startswith(newer)))
+    content = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+    content["config"] = {key: value for key, value in content["config"].items() if key not in newer}
+    checkpoints.save_checkpoint(folder / "checkpoint.pt", content)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["operating_points"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "encoder.pt").unlink()
+
+    images = people / "person0" / "0.png", people / "person0" / "1.png"
+    result = protomem("verify", *images, "--run", folder)
+    assert_refused(result, "has no thresholds", "measured by: protomem train --resume --name old")
+    command = shlex.split(result.stderr.partition("measured by: protomem ")[2])
+    assert protomem(*command).exit_code == 0
+    assert protomem("verify", *images, "--run", folder).exit_code == 0
+    assert (folder / "encoder.pt").exists()
 
 
 def test_nothing_to_resume(tiny, tmp_path):
