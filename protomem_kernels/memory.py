@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -334,8 +334,8 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
             **{name: Shard(getattr(self, name).reshape(1), rank, size) for name in ("cursor", "clock")},
         }
 
-    def from_saved(self, saved: Saved) -> dict[str, Tensor]:
-        """Return the five tensors of a memory that any number of ranks saved.
+    def from_saved(self, saved: Saved, beside: Iterable[str] = ()) -> dict[str, Tensor]:
+        """Return the five tensors of a memory that any number of ranks saved, and what lies ``beside`` its prototypes.
 
         As many ranks with as many slots each: as they were. Otherwise the rows that this rank owns, laid from slot 0 on
         in the order in which they would be overwritten, and the cursor after the last.
@@ -348,7 +348,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
             raise ValueError(f"prototypes must have embedding_dim {self.embedding_dim}, got {embedding_dim}")
         (ranks,) = saved.shape("cursor")
         if (ranks, total // ranks) == (self.ranks.size, self.shard_size):
-            loaded = super().from_saved(saved)
+            loaded = super().from_saved(saved, beside)
             return loaded | {name: loaded[name].reshape(()) for name in ("cursor", "clock")}
         identities, stamps = saved.read("identities"), saved.read("stamps")
         order = (
@@ -369,15 +369,18 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         slots = order[mine]
         state = MemoryState.empty(self.shard_size, embedding_dim, dtype=self.prototypes.dtype)
         state.identities[: len(slots)], state.stamps[: len(slots)] = identities[slots], stamps[slots]
+        state.cursor.fill_(len(slots) % self.shard_size)
+        state.clock.copy_(saved.read("clock").max())
+        rows = {name: torch.zeros(self.shard_size, *saved.shape(name)[1:], dtype=saved.dtype(name)) for name in beside}
+        rows["prototypes"] = state.prototypes
         places = torch.full((total,), -1).index_copy_(0, slots, torch.arange(len(slots)))  # of every saved row
         start = 0
         for into in places.split(AT_A_TIME // embedding_dim + 1):
-            rows, taken = saved.read("prototypes", start, len(into)), into >= 0
-            state.prototypes[into[taken]] = rows[taken]
+            taken = into >= 0
+            for name, own in rows.items():
+                own[into[taken]] = saved.read(name, start, len(into))[taken]
             start += len(into)
-        state.cursor.fill_(len(slots) % self.shard_size)
-        state.clock.copy_(saved.read("clock").max())
-        return state._asdict()
+        return state._asdict() | rows
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -14,36 +14,37 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from protomem_kernels.distributed.agreement import Agreement
 from protomem_kernels.distributed.ranks import ALONE, Group, Ranks
-from protomem_kernels.distributed.resharding import KeptInShards, Shard
+from protomem_kernels.distributed.resharding import BESIDE, KeptInShards, Plain, Saved, Shard
 from protomem_kernels.state import check_parts
-
-if TYPE_CHECKING:
-    from protomem_kernels.distributed.storage import Folder
 
 _LOG = logging.getLogger(__name__)
 Done = TypeVar("Done")
 
 
-def save(path: str | os.PathLike[str], module: nn.Module) -> None:
+def save(path: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Save the state of a head, or of a model with heads in it, as a checkpoint that any number of ranks can load.
 
     What is spread over ranks is saved by all of them; everything else must be alike on all and is saved by rank 0. The
     folder holds one checkpoint, at any moment the last one that was published: files of a new one lie beside it until
     all ranks have written, and one that was not published does not exist. Saved are parameters and persistent buffers,
-    as in ``state_dict()``; no optimiser.
+    as in ``state_dict()``, and what an optimiser keeps beside the module's parameters.
 
     Args:
         path: a folder that all ranks see; it is made.
         module: its heads have one ``process_group``, of which every rank calls. Without one, this process alone saves.
+        optimizer: of the module's parameters, and maybe of others, which are left out; None: of none. Its options
+            (``param_groups``) are the program's own, and not saved.
 
     Raises:
-        TypeError: ``module`` is no module, or has state other than plain tensors.
+        TypeError: ``module`` is no module, or has state other than plain tensors; ``optimizer`` is none, or keeps
+            beside rows that are spread over ranks what is neither a row for each nor one number (8-bit states).
         ValueError: heads with different process groups, or ranks with different paths or tensors.
         RuntimeError: it could not be written, on some rank; the folder keeps the last checkpoint that was published.
 
@@ -61,12 +62,12 @@ def save(path: str | os.PathLike[str], module: nn.Module) -> None:
     Source: of saving through ``torch.distributed.checkpoint``, its documentation; of the order of rows,
     docs/distributed.md.
     """
-    folder, ranks, state = _agreed_state(path, module, lambda tensor: tensor.detach())
+    folder, ranks, state = _agreed_state(path, module, optimizer, lambda tensor: tensor.detach())
     _writer().submit(lambda: None).result()  # what was begun in the background comes first
     _write(folder, state, ranks, ranks.group if isinstance(ranks, Group) else None)
 
 
-def save_async(path: str | os.PathLike[str], module: nn.Module) -> Future[None]:
+def save_async(path: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None) -> Future[None]:
     """Do what ``save`` does, in the background: return when the state was copied to the CPU, and training may go on.
 
     Saves are written in the order of the calls. At its end the process waits for them; wait for the last one before
@@ -80,49 +81,66 @@ def save_async(path: str | os.PathLike[str], module: nn.Module) -> Future[None]:
         as ``save``; what comes while writing out of the future.
         ValueError: also a ``process_group`` of some of the world's ranks.
     """
-    folder, ranks, state = _agreed_state(path, module, lambda tensor: tensor.detach().to("cpu", copy=True))
+    folder, ranks, state = _agreed_state(path, module, optimizer, lambda tensor: tensor.detach().to("cpu", copy=True))
     saved = _writer().submit(_write, folder, state, ranks, ranks.aside() if isinstance(ranks, Group) else None)
     saved.add_done_callback(_tell)
     return saved
 
 
-def load(path: str | os.PathLike[str], module: nn.Module) -> None:
+def load(
+    path: str | os.PathLike[str] | Mapping[str, Tensor], module: nn.Module, optimizer: Optimizer | None = None
+) -> None:
     """Load what ``save`` has saved, from however many ranks, into a module of however many.
 
     - By as many ranks with as many slots each, a memory is exactly what it was.
     - Otherwise each rank takes the rows that it owns, in the order in which they would be overwritten: "fifo" by how
       far behind the cursor of their shard they are, "lru" by their stamps. Where that is more than it has slots, the
-      first of them are dropped, and the log says how many. Capacities may differ.
+      first of them are dropped, and the log says how many. Capacities may differ. What an optimiser kept beside a row
+      goes with it.
     - Class weights and all else must be of the same shapes.
 
     Args:
-        path: the folder.
+        path: the folder; or the ``state_dict()`` of such a module in one process, the same on all ranks.
         module: its heads have one ``process_group``, of which every rank calls; or none.
+        optimizer: takes what was saved beside the module's parameters; of other parameters it keeps what it has. None:
+            that is left where it is.
 
     Raises:
-        TypeError: ``module`` is no module, or has state other than plain tensors.
-        ValueError: other names, shapes or dtypes than were saved, or heads with different process groups.
+        TypeError: ``module`` is no module, or has state other than plain tensors; ``optimizer`` is none.
+        ValueError: other names, shapes or dtypes than were saved, heads with different process groups, or an
+            ``optimizer`` without a parameter beside which something was saved.
         RuntimeError: there is no checkpoint, or a file of it is missing, cut off, or not what was saved. Whatever is
             raised is raised on every rank, and no module was changed.
     """
-    folder = Path(path)
     ranks = _ranks(module)
 
-    def read() -> tuple[dict[str, Tensor], Folder]:
-        from protomem_kernels.distributed.storage import Folder
-
-        saved = Folder(folder)
-        saved.verify(ranks.rank, ranks.size)
+    def read() -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+        saved, digest = _opened(path, module, ranks)
         state = _loaded(module, saved)
         check_parts(module, state, "")
-        return state, saved
+        return state, _loaded_beside(module, optimizer, saved), digest
 
-    state, _ = _agreed(ranks, module, read, lambda read: {"the call": "load", "the checkpoint": read[1].digest})
+    state, kept, _ = _agreed(ranks, module, read, lambda read: {"the call": "load", "the checkpoint": read[2]})
     module.load_state_dict(state)
+    if optimizer is not None:
+        _give(optimizer, module, kept)
+
+
+def _opened(path: str | os.PathLike[str] | Mapping[str, Tensor], module: nn.Module, ranks: Ranks) -> tuple[Saved, str]:
+    """Return what is to be loaded, held to its checksums, and what is alike on all ranks if it is the same."""
+    if isinstance(path, Mapping):
+        shards = _shards(module)
+        rows = {name: value.reshape(1) if name in shards and not value.dim() else value for name, value in path.items()}
+        return Plain(rows), ", ".join(f"{name} {_whole(value)}" for name, value in sorted(rows.items()))
+    from protomem_kernels.distributed.storage import Folder
+
+    folder = Folder(Path(path))
+    folder.verify(ranks.rank, ranks.size)
+    return folder, folder.digest
 
 
 def _agreed_state(
-    path: str | os.PathLike[str], module: nn.Module, staged: Callable[[Tensor], Tensor]
+    path: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None, staged: Callable[[Tensor], Tensor]
 ) -> tuple[Path, Ranks, Mapping[str, Tensor | Shard]]:
     """Return the folder, who saves, and what: as all ranks have agreed on it, each tensor ``staged``."""
     folder = Path(path)
@@ -130,9 +148,13 @@ def _agreed_state(
 
     def given() -> dict[str, Tensor | Shard]:
         shards = _shards(module)
+        state: dict[str, Tensor | Shard] = {**_state(module), **shards}
+        for name, value in _kept(module, optimizer).items():
+            beside = shards.get(name.split(BESIDE)[0])
+            state[name] = _beside(beside, name, value) if beside and value.dim() else value
         return {
-            name: shards[name]._replace(rows=staged(shards[name].rows)) if name in shards else staged(value)
-            for name, value in _state(module).items()
+            name: value._replace(rows=staged(value.rows)) if isinstance(value, Shard) else staged(value)
+            for name, value in state.items()
         }
 
     def alike(state: Mapping[str, Tensor | Shard]) -> dict[str, object]:
@@ -220,18 +242,44 @@ def _whole(value: Tensor | Shard) -> str:
     return f"{(*rows, *tensor.shape[1:])} of {tensor.dtype}"
 
 
-def _loaded(module: nn.Module, saved: Folder) -> dict[str, Tensor]:
+def _kept(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Return what an optimiser keeps beside the parameters of a module, by ``parameter@name``."""
+    if optimizer is None:
+        return {}
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    kept = {
+        f"{name}{BESIDE}{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    for name, value in kept.items():
+        if type(value) is not Tensor:
+            raise TypeError(f"optimizer's state must be plain tensors, got {type(value).__name__} for {name}")
+    return kept
+
+
+def _beside(shard: Shard, name: str, value: Tensor) -> Shard:
+    if value.shape[:1] != shard.rows.shape[:1]:
+        raise TypeError(
+            f"optimizer must keep a row for each of {len(shard.rows)} rows that are spread over ranks, or one number, "
+            f"got {tuple(value.shape)} for {name}: its state is of this rank's rows together"
+        )
+    return shard._replace(rows=value)
+
+
+def _loaded(module: nn.Module, saved: Saved) -> dict[str, Tensor]:
     """Return the module's state made of what was saved."""
-    own, names = _state(module), saved.names()
+    own, names = _state(module), {name for name in saved.names() if BESIDE not in name}
     if names != set(own):
         lack, more = sorted(set(own) - names)[:5], sorted(names - set(own))[:5]
         raise ValueError(
-            f"module must have the names that were saved in {saved.folder}: "
+            "module must have the names that were saved: "
             f"not saved were {', '.join(lack) or 'none'}, and not in module are {', '.join(more) or 'none'}"
         )
     for name, value in own.items():
         if saved.dtype(name) != value.dtype:
-            raise ValueError(f"{name} must be {value.dtype} in {saved.folder}, got {saved.dtype(name)}")
+            raise ValueError(f"{name} must be {value.dtype} in what was saved, got {saved.dtype(name)}")
     state = {}
     for prefix, part in _parts(module):
         for name, tensor in part.from_saved(saved.within(prefix)).items():
@@ -241,3 +289,35 @@ def _loaded(module: nn.Module, saved: Folder) -> dict[str, Tensor]:
             raise ValueError(f"{name} must have shape {tuple(own[name].shape)}, got {saved.shape(name)}")
         state[name] = saved.read(name)
     return state
+
+
+def _loaded_beside(module: nn.Module, optimizer: Optimizer | None, saved: Saved) -> dict[str, Tensor]:
+    """Return what an optimiser keeps beside the module's parameters, made of what was saved."""
+    if optimizer is None:
+        return {}
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    has = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {name for name, parameter in module.named_parameters() if id(parameter) in has}
+    names = {name for name in saved.names() if BESIDE in name}
+    if strange := sorted(name for name in names if name.split(BESIDE)[0] not in parameters):
+        raise ValueError(f"optimizer must have the parameters that were saved with one, got none of {strange[0]}")
+    kept: dict[str, Tensor] = {}
+    for prefix, part in _parts(module):
+        rows = {name for name in names if name.split(BESIDE)[0] in {prefix + own for own in part.shards()}}
+        beside = sorted(name.removeprefix(prefix) for name in rows if saved.shape(name))
+        loaded = part.from_saved(saved.within(prefix), beside)
+        kept |= {prefix + name: loaded[name] for name in beside}
+    return kept | {name: saved.read(name) for name in names - kept.keys()}
+
+
+def _give(optimizer: Optimizer, module: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Give an optimiser what it is to keep beside the module's parameters."""
+    place = {id(p): number for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    given = optimizer.state_dict()
+    for parameter in module.parameters():
+        given["state"].pop(place.get(id(parameter)), None)
+    for full, value in kept.items():
+        name, key = full.split(BESIDE)
+        given["state"].setdefault(place[id(module.get_parameter(name))], {})[key] = value
+    optimizer.load_state_dict(given)

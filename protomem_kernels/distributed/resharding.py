@@ -2,12 +2,14 @@
 
 A module that is ``KeptInShards`` says which of its tensors are rows of larger ones, and makes its own out of what was
 saved. Class weights lie in order: each rank reads its range. A memory's rows go to their identities' owners, in the
-order in which they would be overwritten.
+order in which they would be overwritten. What an optimiser keeps beside such rows goes with them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -31,8 +33,23 @@ class Shard(NamedTuple):
     total: int
 
 
+BESIDE = "@"  # prototypes@exp_avg is what an optimiser keeps beside the parameter ``prototypes``
+
+
 class Saved(ABC):
     """Tensors that were saved, by the names that a module has for them, whole whoever saved them."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+
+    @abstractmethod
+    def within(self, prefix: str) -> Saved:
+        """Return the same for a part of the module, whose names begin with ``prefix``."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -45,6 +62,40 @@ class Saved(ABC):
         Raises:
             RuntimeError: they cannot be read.
         """
+
+
+@dataclass(frozen=True)
+class Plain(Saved):
+    """The state of a module in one process, as its ``state_dict`` has it.
+
+    Attributes:
+        state: whole tensors by name.
+        prefix: of the names that are asked for.
+    """
+
+    state: Mapping[str, Tensor]
+    prefix: str = ""
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return {name.removeprefix(self.prefix) for name in self.state if name.startswith(self.prefix)}
+
+    def within(self, prefix: str) -> Plain:
+        """Return the same for a part of the module."""
+        return replace(self, prefix=self.prefix + prefix)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self.state[self.prefix + name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self.state[self.prefix + name].shape)
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> Tensor:
+        """Return some rows of a tensor, on the CPU."""
+        tensor = self.state[self.prefix + name].detach().cpu()
+        return tensor if rows is None and not first else tensor[first:][:rows]
 
 
 class KeptInShards:
@@ -60,17 +111,24 @@ class KeptInShards:
         """Return this rank's rows, by the names of the parameters and buffers that they are."""
         raise NotImplementedError
 
-    def from_saved(self, saved: Saved) -> dict[str, Tensor]:
+    def from_saved(self, saved: Saved, beside: Iterable[str] = ()) -> dict[str, Tensor]:
         """Return this rank's parameters and buffers of what any number of ranks saved: the same range of rows.
+
+        Args:
+            saved: by the names that this module has.
+            beside: names of more tensors there, ``parameter@name``, whose rows go with those of the parameter.
 
         Raises:
             ValueError: what was saved is of another shape.
         """
-        loaded = {}
-        for name, shard in self.shards().items():
+        loaded, shards = {}, self.shards()
+        for name, shard in shards.items():
             whole = (shard.total, *shard.rows.shape[1:])
             if saved.shape(name) != whole:
                 raise ValueError(f"{name} must have shape {whole} over all ranks, got {saved.shape(name)}")
+            loaded[name] = saved.read(name, shard.first, len(shard.rows))
+        for name in beside:
+            shard = shards[name.split(BESIDE)[0]]
             loaded[name] = saved.read(name, shard.first, len(shard.rows))
         return loaded
 

@@ -253,12 +253,12 @@ class Folder(Saved):
 
     def names(self) -> set[str]:
         """Return the names of all tensors."""
-        return set(self._tensors)
+        return {name.removeprefix(self.prefix) for name in self._tensors if name.startswith(self.prefix)}
 
     def within(self, prefix: str) -> Folder:
         """Return the same with another prefix."""
         other = object.__new__(Folder)
-        other.__dict__.update(self.__dict__, prefix=prefix)
+        other.__dict__.update(self.__dict__, prefix=self.prefix + prefix)
         return other
 
     def dtype(self, name: str) -> torch.dtype:

@@ -532,3 +532,85 @@ def test_a_rank_killed_in_mid_save_leaves_the_last_checkpoint(victim: int, at: i
     assert [one[:2] for one in rows] == [one[:2] for one in by_identity(memory_of(held(wanted)))]
     pmk.distributed.save(tmp_path, found)  # and what was left half-written goes
     assert len(list(tmp_path.glob("*.rows"))) == 1
+
+
+def stepped(group: Any, options: dict[str, Any], data: Any, path: Path, kind: str, saves: bool) -> Any:
+    """Train with an optimiser of the memory's rows and save, or load and return rows and moments by identity."""
+    head = cases.head({**options, "prototype_gradient": "memory"}, group)
+    encoder = torch.nn.Linear(DIM, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        encoder.weight.copy_(torch.eye(DIM))
+    optimizer = getattr(torch.optim, kind)([*encoder.parameters(), *head.parameters()], lr=0.01)
+    head.attach_optimizer(optimizer)
+    if not saves:
+        pmk.distributed.load(path, head, optimizer)
+    for e, labels, _ in data:
+        sizes = cut(len(e), head.ranks.size, "even")
+        loss = head(encoder(part(e, sizes, head.ranks.rank)), part(labels, sizes, head.ranks.rank))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if saves:
+        pmk.distributed.save(path, head, optimizer)
+    kept = optimizer.state[head.memory.prototypes]
+    key = {"AdamW": "exp_avg_sq", "Adagrad": "sum"}[kind]
+    here = head.memory.identities >= 0
+    there = zip(
+        head.memory.identities[here].tolist(), kept[key][here], head.memory.prototypes.detach()[here], strict=True
+    )
+    return {identity: (moments, row) for identity, moments, row in there}, float(kept["step"])
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adagrad"])
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (3, 2), (2, 1), (1, 3)])
+def test_what_an_optimiser_keeps_goes_with_the_rows(
+    pool: Pool, before: int, after: int, kind: str, tmp_path: Path
+) -> None:
+    data = cases.batches(3, 24)
+    saved = run(pool, before, stepped, OPTIONS, data, tmp_path, kind, True)
+    loaded = run(pool, after, stepped, OPTIONS, [], tmp_path, kind, False)
+    ours, wanted = ({k: v for state, _ in ranks for k, v in state.items()} for ranks in (loaded, saved))
+    assert len(wanted) > 15
+    assert ours.keys() == wanted.keys()
+    for identity, (moments, row) in wanted.items():
+        assert torch.equal(ours[identity][0], moments)
+        assert torch.equal(ours[identity][1], row)
+        assert bool(moments.abs().sum() > 0)
+    assert {step for _, step in loaded} == {3.0}
+
+
+def test_what_an_optimiser_keeps_of_whole_shards_is_refused(tmp_path: Path, pool: Pool) -> None:
+    """As 8-bit states do, one scale for a block of numbers."""
+    head = cases.head({**OPTIONS, "prototype_gradient": "memory"})
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    optimizer.state[head.memory.prototypes]["absmax"] = torch.ones(7)
+    with pytest.raises(
+        TypeError, match=r"a row for each of 60 rows .* or one number, got \(7,\) for memory.prototypes@absmax"
+    ):
+        pmk.distributed.save(tmp_path, head, optimizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_optimiser_of_something_else_is_refused(tmp_path: Path) -> None:
+    head = cases.head({**OPTIONS, "prototype_gradient": "memory"})
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got dict"):
+        pmk.distributed.save(tmp_path, head, {})
+    stepped(None, OPTIONS, cases.batches(1, 24), tmp_path, "AdamW", True)
+    with pytest.raises(
+        ValueError, match="optimizer must have the parameters that were saved with one, got none of memory"
+    ):
+        pmk.distributed.load(tmp_path, head, other)
+
+
+@pytest.mark.parametrize("policy", ["fifo", "lru"])
+def test_a_plain_state_dict_loads_into_ranks(pool: Pool, policy: str, tmp_path: Path) -> None:
+    options = {**OPTIONS, "policy": policy}
+    data = cases.batches(6, 24)
+    undisturbed = cases.head(options)
+    steps(undisturbed, data[:4])
+    plain = held(undisturbed)
+    loss = steps(undisturbed, data[4:])
+    for _, ours, said in pool.run(3, resumed, options, data[4:], plain):
+        assert said == []
+        assert abs(float(ours - loss)) < 1e-10
