@@ -99,9 +99,11 @@ types: $(READY)
 mutants: $(BUILT)
 	$(BIN)/python -m tests.faults
 
-# Training runs killed at random moments, twenty of them, and resumed; `make test` kills two. ARGS="--kills 100 --seed 7".
+# Training runs killed at random moments and resumed: twenty of one process, then twenty of three under torchrun, of
+# which one is killed. `make test` kills two and one. ARGS="--kills 100 --seed 7".
 faults: $(BUILT)
 	$(BIN)/python -c 'import sys; from tests.training.killed import main; sys.exit(main())' $(ARGS)
+	$(BIN)/python -c 'import sys; from tests.training.launched import main; sys.exit(main())' $(ARGS)
 
 # The compiled part under the sanitizers. The contract suites run on a copy of the package beside the tests, so that
 # the checkout's own object cannot be the one imported (tests/conftest.py looks); then the stress programs in

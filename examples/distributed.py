@@ -1,14 +1,18 @@
 """One prototype memory over several processes: the encoder under DistributedDataParallel, the memory sharded.
 
-    torchrun --standalone --nproc-per-node=2 examples/distributed.py [steps]
+    torchrun --standalone --nproc-per-node=2 examples/distributed.py --steps 100 --folder trained
+    torchrun --standalone --nproc-per-node=3 examples/distributed.py --steps 200 --folder trained   # goes on
 
-Needs the ``train`` extra (the images and the metrics). On a machine with GPUs each process takes one of them.
+Each start goes on with what lies in the folder, saved by however many processes. Needs the ``train`` extra (the images
+and the metrics). On a machine with GPUs each process takes one of them. ``protomem train`` under torchrun does all of
+this by itself; here it is written out.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,13 +25,13 @@ from protomem_kernels.data.images import orl_faces, split_by_fold
 from protomem_kernels.data.sampling import IdentityBatchSampler
 
 
-def main(steps: int = 150) -> None:
+def main(steps: int, folder: Path) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    rank = dist.get_rank()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # the same encoder everywhere
     train, unseen = split_by_fold(orl_faces(image_size=(56, 46)), fold=3)
     images = train.load_all().float().to(device) / 255 - 0.5
@@ -38,33 +42,34 @@ def main(steps: int = 150) -> None:
         *(nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(64 * 14 * 12, 128)),
     ).to(device)
-    model = DistributedDataParallel(encoder)
     # The capacity is that of all ranks together; every rank's images meet the prototypes of all.
     group = dist.group.WORLD
-    capacity = 32 * dist.get_world_size()
     loss_fn = pmk.PrototypeMemoryLoss(
-        128, capacity, margin=pmk.ArcFace(0.3), scale=24.0, device=device, process_group=group
+        128, 32 * ranks, margin=pmk.ArcFace(0.3), scale=24.0, device=device, process_group=group
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    sampler = IdentityBatchSampler(train.labels, identities_per_batch=8, images_per_identity=4)  # this rank's share
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=0.05)
+    # What is alike on all ranks and what is spread over them are one checkpoint.
+    state = nn.ModuleDict({"encoder": encoder, "head": loss_fn})
+    state.register_buffer("step", torch.zeros((), dtype=torch.int64))
+    if (folder / "manifest.json").exists():
+        pmk.distributed.load(folder, state, optimizer)
+    model = DistributedDataParallel(encoder)
+    sampler = IdentityBatchSampler(train.labels, identities_per_batch=24 // ranks, images_per_identity=2)  # this rank's
+    first = int(state.step)
 
-    step = 0
-    while step < steps:
-        sampler.set_epoch(step)
+    while state.step < steps:
+        sampler.set_epoch(int(state.step))
         for batch in sampler:
             loss = loss_fn(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
-            if step % 50 == 0 or step == steps:
-                held = torch.tensor(len(loss_fn.memory), device=device)
-                dist.all_reduce(held)
-                if rank == 0:
-                    ranks = dist.get_world_size()
-                    print(f"step {step}: loss {loss.item():.3f}, {held.item()} identities on {ranks} ranks")
-            if step == steps:
+            state.step += 1
+            if rank == 0 and (state.step in (first + 1, steps) or state.step % 50 == 0):
+                print(f"step {int(state.step)}: loss {loss.item():.3f} on {ranks} ranks")
+            if state.step == steps:
                 break
+    pmk.distributed.save(folder, state, optimizer)
 
     if rank == 0:
         with torch.no_grad():
@@ -75,4 +80,7 @@ def main(steps: int = 150) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=150, help="steps of training in all")
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is, or will be")
+    main(**vars(parser.parse_args()))

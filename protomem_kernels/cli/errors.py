@@ -12,6 +12,7 @@ import typer
 
 from protomem_kernels.data.images import DatasetError
 from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.processes import ToldElsewhereError
 from protomem_kernels.training.stopping import RunStopped
 
 P = ParamSpec("P")
@@ -36,6 +37,8 @@ def errors_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
             line, code = f"error: {error}", 2
         except RunStopped as stopped:
             line, code = str(stopped), stopped.exit_code
+        except ToldElsewhereError as told:
+            raise typer.Exit(told.exit_code) from None
         _give_up_stdout_if_closed()
         typer.echo(" ".join(line.split()), err=True)
         raise typer.Exit(code)

@@ -81,6 +81,9 @@ class TrainConfig(BaseModel):
     seed: int = option(0, "Seed of the initialisation, batches and augmentation.", RUN, low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ... (auto: a GPU where there is one).", RUN)
     threads: int = option(0, "CPU threads; 0: as many as PyTorch sees fit.", RUN, low=0, high=1024)
+    timeout: int = option(
+        600, "Seconds that a process of torchrun's waits for the others before it gives up.", RUN, low=1, high=86400
+    )
 
     data: str = option(
         "",

@@ -26,5 +26,5 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written in ``folder``."""
-    for leftover in folder.glob(f"{_files.WRITING}*"):
+    for leftover in folder.rglob(f"{_files.WRITING}*"):
         leftover.unlink(missing_ok=True)

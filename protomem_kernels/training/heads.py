@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from protomem_kernels.distributed.owners import owners
+from protomem_kernels.distributed.ranks import ALONE, Group, Ranks
 from protomem_kernels.losses import PrototypeMemoryLoss
 from protomem_kernels.margins import Margin
 from protomem_kernels.training import parts
@@ -11,18 +15,23 @@ from protomem_kernels.training.errors import RunError
 MOST_SLOTS = 100_000  # of a memory whose capacity the configuration leaves open
 
 
-def build_loss(config: TrainConfig, identities: int) -> PrototypeMemoryLoss:
+def build_loss(config: TrainConfig, identities: Tensor, ranks: Ranks = ALONE) -> PrototypeMemoryLoss:
     """Return the loss, its memory still empty.
 
     Args:
         config: the run.
-        identities: how many there are to train on; the capacity where the configuration leaves it open.
+        identities: (C,) int64, the labels to train on. Where the configuration leaves the capacity open, each of the
+            ranks has a slot for every one that it owns, so that there are some more over several of them.
+        ranks: over which the memory is spread.
 
     """
-    capacity = config.capacity or min(identities, MOST_SLOTS)
-    if capacity < min(identities, config.identities_per_batch):
+    owned = int(owners(identities, ranks.size).bincount().max())
+    needed = min(owned, config.identities_per_batch)  # at worst a batch is of one owner's identities
+    capacity = config.capacity or ranks.size * max(needed, min(owned, MOST_SLOTS // ranks.size))
+    if -(-capacity // ranks.size) < needed:
+        over = "" if ranks.alone else f", {needed} in each of {ranks.size} processes"
         raise RunError(
-            f"capacity must be at least identities_per_batch ({config.identities_per_batch}), got {capacity}"
+            f"capacity must be at least identities_per_batch ({config.identities_per_batch}{over}), got {capacity}"
         )
     margin, mining, quality = (
         parts.build(kind, getattr(config, kind), embedding_dim=config.embedding_dim)
@@ -38,4 +47,5 @@ def build_loss(config: TrainConfig, identities: int) -> PrototypeMemoryLoss:
         refresh_ratio=config.refresh_ratio,
         policy=config.policy,
         prototype_gradient=config.prototype_gradient,
+        process_group=ranks.group if isinstance(ranks, Group) else None,
     )

@@ -7,21 +7,36 @@ an ``Observer`` (the command line's draws a bar).
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from protomem_kernels.data.sampling import IdentityBatchSampler
-from protomem_kernels.training import checkpoints, runs
+from protomem_kernels.distributed.ranks import Ranks
+from protomem_kernels.training import runs
+from protomem_kernels.training.checkpoints import load_checkpoint
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.faces import Faces
 from protomem_kernels.training.files import sweep
 from protomem_kernels.training.locks import LOCK, locked
+from protomem_kernels.training.processes import (
+    any_of,
+    check_alike,
+    first_tells,
+    is_lost,
+    joined,
+    share,
+    started_by,
+    together,
+    told_by_first,
+)
+from protomem_kernels.training.published import Published
 from protomem_kernels.training.report import report
 from protomem_kernels.training.steps import Step, Training
 from protomem_kernels.training.stopping import RunStopped, StopSignals
@@ -64,6 +79,9 @@ def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed:
     SIGINT, SIGTERM or SIGHUP (heard in the main thread) end it after the step that it is in, and a checkpoint. No two
     runs write into one folder at the same time.
 
+    Processes that torchrun has started do this together: each batch is shared out among them, and the memory is spread
+    over them. The first one alone shows, writes and verifies; the others return {}.
+
     Args:
         config: the whole description of the run.
         watch: who is told of every step; None: nobody.
@@ -75,82 +93,96 @@ def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed:
             full or ``watch`` cannot show the run any more; the loss is no longer finite.
         DatasetError: the images cannot be used.
         RunStopped: a signal asked for it. It is a KeyboardInterrupt.
+        ToldElsewhereError: it has ended for a reason that another of its processes raises.
 
     """
-    watch = watch or Observer()
     started = time.perf_counter()
     with StopSignals() as signals, stops_told("before the first step", resumed):
         device = pick_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.backends.cudnn.deterministic = True
-        faces = Faces(config)
-        training = Training(config, channels=faces.channels, identities=len(faces.train.identities), device=device)
-        with run_folder(config, resumed) as folder:
-            earlier = Earlier()
-            if resumed is not None:
-                if (folder / runs.CHECKPOINT).exists():
-                    earlier = go_on(training, folder / runs.CHECKPOINT)
-                runs.extend_run(folder, config.steps)
-                sweep(folder)
-            return _train_and_report(folder, training, faces, watch, signals, earlier, started)
+        with joined(device, config.timeout) as ranks:
+            watch = watch if watch is not None and ranks.rank == 0 else Observer()
+            check_alike(ranks, {key: value for key, value in config.as_dict().items() if key != "device"})
+            faces = together(ranks, lambda: Faces(config))
+            training = together(ranks, lambda: prepared(config, faces, device, ranks))
+            with run_folder(config, resumed, ranks) as folder:
+                published, earlier = Published(folder, training), Earlier()
+                if told_by_first(ranks, published.path.exists):
+                    earlier = together(ranks, lambda: go_on(published))
+                return _train_and_report(training, published, faces, watch, signals, earlier, started)
+
+
+def prepared(config: TrainConfig, faces: Faces, device: torch.device, ranks: Ranks) -> Training:
+    """Return what trains, before its first step."""
+    identities = faces.train.identities
+    return Training(config, channels=faces.channels, identities=identities, device=device, ranks=ranks)
 
 
 def _train_and_report(
-    folder: Path,
     training: Training,
+    published: Published,
     faces: Faces,
     watch: Observer,
     signals: StopSignals,
     earlier: Earlier,
     started: float,
 ) -> dict[str, Any]:
-    config, checkpoint = training.config, folder / runs.CHECKPOINT
-    saved = training.step if checkpoint.exists() else None
+    config, ranks, folder = training.config, training.ranks, published.path.parent
     unheard: OSError | None = None  # what kept the observer from showing
 
     def seconds() -> float:
         return earlier.seconds + time.perf_counter() - started
 
-    def state() -> dict[str, Any]:
-        noted = {"seconds": seconds(), "extended_after": [*earlier.extended_after]}
-        return {"config": config.as_dict(), **noted, **training.state()}
+    def noted() -> dict[str, Any]:
+        return {"config": config.as_dict(), "seconds": seconds(), "extended_after": [*earlier.extended_after]}
 
-    with signals.held():
-        order = batches(faces.sampler(config), training.step, config.steps)
+    with signals.held(), lost_process_told(training, published):
+        order = shares(batches(faces.sampler(config), training.step, config.steps), config, ranks)
+        who = faces.summary if ranks.alone else f"{faces.summary}, in {ranks.size} processes"
         try:
             for line in faces.left_out.lines():
                 unheard = unheard or failure(watch.note, line)
-            unheard = unheard or failure(watch.begin, folder, config, faces.summary, training.device, training.step)
-            if unheard is not None:
-                raise RunError(f"cannot show the run: {unheard.strerror or unheard}")
+            unheard = unheard or failure(watch.begin, folder, config, who, training.device, training.step)
+            if any(any_of(ranks, training.device, unheard is not None)):
+                raise first_tells(ranks, RunError(f"cannot show the run: {why(unheard)}"))
             for images, labels in faces.train_batches(order):
                 step = training.advance(images, labels)
                 if not math.isfinite(step.loss):
-                    raise RunError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
+                    wrong = RunError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
+                    raise first_tells(ranks, wrong)
                 unheard = failure(watch.show, step)
-                leaving = signals.heard is not None or unheard is not None
+                heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
+                leaving = bool(heard or unseen)
                 if leaving or training.step % config.checkpoint_every == 0 or training.step == config.steps:
-                    with whole_state_told(folder, saved):
-                        checkpoints.save_checkpoint(checkpoint, state())
-                    saved = training.step
+                    with whole_state_told(published):
+                        published.save(noted())
                 if leaving:
                     break
         finally:
             unheard = failure(watch.end) or unheard
         there = f"after step {training.step} of {config.steps}; go on with: {runs.way_on(folder)}"
-        if signals.heard is not None:
-            raise RunStopped(signals.heard, f"stopped by {signals.heard.name} {there}")
-        if unheard is not None and training.step < config.steps:
-            raise RunError(f"cannot show the run any more ({unheard.strerror or unheard}), stopped {there}")
+        heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
+        if heard:
+            stopped = RunStopped(signal.Signals(heard), f"stopped by {signal.Signals(heard).name} {there}")
+            raise first_tells(ranks, stopped, stopped.exit_code)
+        if unseen and training.step < config.steps:
+            raise first_tells(ranks, RunError(f"cannot show the run any more ({why(unheard)}), stopped {there}"))
+    if ranks.rank:
+        return {}
 
-    with stops_told("while it was verified", folder), whole_state_told(folder, saved):
-        more = {"extended_after": [*earlier.extended_after], "seconds": round(seconds(), 2)}
+    with stops_told("while it was verified", folder), whole_state_told(published):
+        more = {
+            "extended_after": [*earlier.extended_after],
+            "seconds": round(seconds(), 2),
+            "processes": ranks.size,
+        }
         metrics = report(folder, config, faces, training, more)
     unheard = failure(watch.result, folder, metrics) or unheard
     if unheard is not None:
-        why = unheard.strerror or unheard
-        raise RunError(f"the run is done but cannot be shown ({why}); its figures are in {folder / runs.METRICS}")
+        told = f"the run is done but cannot be shown ({why(unheard)}); its figures are in {folder / runs.METRICS}"
+        raise RunError(told)
     return metrics
 
 
@@ -167,21 +199,54 @@ class Earlier(NamedTuple):
 
 
 @contextmanager
-def run_folder(config: TrainConfig, resumed: Path | None) -> Iterator[Path]:
-    """Yield the folder of a run, a fresh one unless it is resumed, locked."""
+def run_folder(config: TrainConfig, resumed: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """Yield the folder of a run, a fresh one unless it is resumed, locked by the first process.
+
+    What torchrun starts anew goes on with the run that it has started.
+    """
+    start = started_by()
+    with ExitStack() as held:
+        yield told_by_first(
+            ranks, lambda: held.enter_context(own_folder(config, resumed or runs.run_of_start(config, start), start))
+        )
+
+
+@contextmanager
+def own_folder(config: TrainConfig, resumed: Path | None, start: str | None) -> Iterator[Path]:
+    """Yield the folder of a run, locked."""
     if resumed is not None:
         with locked(resumed):
+            runs.extend_run(resumed, config.steps)
+            runs.note_start(resumed, start)
+            sweep(resumed)
             yield resumed
         return
     folder = runs.start_run(config)
     with locked(folder):
         try:
             runs.write_config(folder, config)
+            runs.note_start(folder, start)
         except BaseException:
             (folder / LOCK).unlink()
             folder.rmdir()
             raise
         yield folder
+
+
+@contextmanager
+def lost_process_told(training: Training, published: Published) -> Iterator[None]:
+    """Say that another process of the run is gone, which step this was in, and how to go on."""
+    ranks = training.ranks
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.alone or not is_lost(error):
+            raise
+        state = "" if published.step is None else f"; {published.whole}"
+        raise RunError(
+            f"process {ranks.rank} of {ranks.size} lost another one in step {training.step + 1} "
+            f"({str(error.__cause__ or error).splitlines()[0]:.200}){state}"
+        ) from error
 
 
 @contextmanager
@@ -197,15 +262,14 @@ def stops_told(when: str, folder: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def whole_state_told(folder: Path, saved: int | None) -> Iterator[None]:
+def whole_state_told(published: Published) -> Iterator[None]:
     """Say in an error of writing that the last checkpoint is whole, and how to go on."""
     try:
         yield
     except RunError as error:
-        if saved is None:
+        if published.step is None:
             raise
-        there = f"the checkpoint of step {saved} is whole, go on with: {runs.way_on(folder)}"
-        raise RunError(f"{error}; {there}") from error
+        raise RunError(f"{error}; {published.whole}") from error
 
 
 def failure(tell: Callable[..., None], *what: Any) -> OSError | None:
@@ -217,9 +281,15 @@ def failure(tell: Callable[..., None], *what: Any) -> OSError | None:
     return None
 
 
-def go_on(training: Training, checkpoint: Path) -> Earlier:
-    """Put ``training`` where the checkpoint was written; return what is behind it."""
-    content = checkpoints.load_checkpoint(checkpoint)
+def why(error: OSError | None) -> str:
+    """Return what an error says, in words."""
+    return "another process cannot" if error is None else str(error.strerror or error)
+
+
+def go_on(published: Published) -> Earlier:
+    """Put the training where the checkpoint was written; return what is behind it."""
+    training, checkpoint = published.training, published.path
+    content = load_checkpoint(checkpoint)
     try:
         # An option that is newer than the checkpoint did not exist there: the run had what is its default now.
         theirs, ours = {**TrainConfig().as_dict(), **content["config"]}, training.config.as_dict()
@@ -229,7 +299,7 @@ def go_on(training: Training, checkpoint: Path) -> Earlier:
                 raise RunError(
                     f"{checkpoint} belongs to another run: {key} is {theirs[key]!r} there and {ours[key]!r} here"
                 )
-        training.restore(content)
+        published.restore(content)
         return _earlier(content, training)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"{checkpoint} does not fit this run: {error}") from error
@@ -244,6 +314,11 @@ def _earlier(content: dict[str, Any], training: Training) -> Earlier:
     if content["config"]["steps"] < training.config.steps:
         extended_after = [*extended_after, training.step]
     return Earlier(float(seconds), tuple(extended_after))
+
+
+def shares(order: Iterable[list[int]], config: TrainConfig, ranks: Ranks) -> Iterator[list[int]]:
+    """Yield this process's part of each batch."""
+    return (share(batch, config.images_per_identity, ranks) for batch in order)
 
 
 def batches(sampler: IdentityBatchSampler, first_step: int, steps: int) -> Iterator[list[int]]:

@@ -14,11 +14,12 @@ from protomem_kernels.training.files import written_whole
 
 CONFIG, CHECKPOINT, ENCODER, METRICS = "config.toml", "checkpoint.pt", "encoder.pt", "metrics.json"
 ROC, PAIRS = "roc.png", "hardest_pairs.png"
+START = ".torchrun"  # which start of torchrun writes the folder
 
 # What a resumed run may do otherwise without becoming another experiment. A different device, compiler or number of
 # threads rounds differently, so the figures then agree to rounding only.
 FREE_ON_RESUME = frozenset(
-    {"name", "runs_dir", "device", "threads", "workers", "checkpoint_every", "compile", "strict"}
+    {"name", "runs_dir", "device", "threads", "timeout", "workers", "checkpoint_every", "compile", "strict"}
 )
 
 
@@ -42,6 +43,20 @@ def start_run(config: TrainConfig) -> Path:
     except OSError as error:
         raise RunError(f"cannot write to the runs folder {config.runs_dir}: {error.strerror or error}") from error
     return folder
+
+
+def note_start(folder: Path, start: str | None) -> None:
+    """Note in a run's folder which start of torchrun writes it."""
+    if start is not None:
+        (folder / START).write_text(start, encoding="utf-8")
+
+
+def run_of_start(config: TrainConfig, start: str | None) -> Path | None:
+    """Return the folder of the run that this start of torchrun has made, if it has."""
+    for file in Path(config.runs_dir).glob(f"*/{START}") if start is not None else ():
+        if file.read_text(encoding="utf-8") == start:
+            return file.parent
+    return None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

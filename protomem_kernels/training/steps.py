@@ -7,6 +7,7 @@ for bit on the same machine with the same number of threads.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import warnings
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from protomem_kernels.distributed.ranks import ALONE, Group, Ranks
 from protomem_kernels.losses import PrototypeMemoryLoss
 from protomem_kernels.training.augmentation import augment
 from protomem_kernels.training.checkpoints import check_like
@@ -25,6 +28,7 @@ from protomem_kernels.training.encoders import TimmEncoder, build_encoder
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.heads import build_loss
 from protomem_kernels.training.precision import Precision
+from protomem_kernels.training.processes import is_lost
 from protomem_kernels.training.unrecognizable import show_unrecognizable
 
 
@@ -74,9 +78,11 @@ def parameter_groups(encoder: nn.Module, loss: nn.Module, config: TrainConfig) -
 class Training:
     """The encoder, its moving average, the loss with its memory and the optimiser, moved one step at a time."""
 
-    def __init__(self, config: TrainConfig, *, channels: int, identities: int, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, *, channels: int, identities: Tensor, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         torch.manual_seed(stream(config.seed, "initialisation"))
-        self.config, self.device, self.step = config, device, 0
+        self.config, self.device, self.ranks, self.step = config, device, ranks, 0
         self.built: dict[str, Any] = {  # how, for whoever builds it again
             "name": config.encoder,
             "channels": channels,
@@ -86,8 +92,9 @@ class Training:
             "dropout": config.dropout,
         }
         self.encoder = build_encoder(**self.built, pretrained=config.pretrained).to(device)
-        self.forward = torch.compile(self.encoder) if config.compile else self.encoder
-        self.loss: PrototypeMemoryLoss = build_loss(config, identities).to(device)
+        shared = self._shared(channels)
+        self.forward = torch.compile(shared) if config.compile else shared
+        self.loss: PrototypeMemoryLoss = build_loss(config, identities, ranks).to(device)
         decay = get_ema_multi_avg_fn(config.averaging)
         self.average = AveragedModel(self.encoder, multi_avg_fn=decay, use_buffers=True).eval()
         groups = parameter_groups(self.encoder, self.loss, config)
@@ -102,15 +109,35 @@ class Training:
         """Return the schedule from this step on: it depends on the step's number alone."""
         return LambdaLR(self.optimizer, lambda step: rate_factor(step, self.config.steps), last_epoch=self.step - 1)
 
+    def _shared(self, channels: int) -> nn.Module:
+        """Return the encoder as the ranks train it together.
+
+        DDP sums gradients in an order that it settles in its first step, as the graph has it. A first step that leaves
+        nothing behind gives a run that goes on the same order as one that never stopped.
+        """
+        if isinstance(self.ranks, Group):
+            before = copy.deepcopy(self.encoder.state_dict())
+            where = [self.device.index] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(self.encoder, device_ids=where, process_group=self.ranks.group)
+            model(torch.zeros(2, channels, *self.config.image_size, device=self.device)).sum().backward()
+            model.zero_grad()
+            self.encoder.load_state_dict(before)
+            return model
+        return self.encoder
+
+    def _stream(self, purpose: str) -> int:
+        """Return this rank's seed of the step; the first rank's are those of one process."""
+        return stream(self.config.seed, f"{purpose} {self.ranks.rank}" if self.ranks.rank else purpose, self.step)
+
     def advance(self, images: Tensor, labels: Tensor) -> Step:
-        """Take one step on (B, C, H, W) float32 images in [0, 1] with (B,) int64 labels."""
+        """Take one step on (B, C, H, W) float32 images in [0, 1] with (B,) int64 labels, this rank's of the batch."""
         config = self.config
-        torch.manual_seed(stream(config.seed, "step", self.step))
-        generator = torch.Generator().manual_seed(stream(config.seed, "augmentation", self.step))
+        torch.manual_seed(self._stream("step"))
+        generator = torch.Generator().manual_seed(self._stream("augmentation"))
         rate = float(self.schedule.get_last_lr()[0])
         labels = labels.to(self.device)
         images = images.to(self.device)
-        damage = torch.Generator().manual_seed(stream(config.seed, "unrecognizable", self.step))
+        damage = torch.Generator().manual_seed(self._stream("unrecognizable"))
         show_unrecognizable(self.loss, self.encoder, images, damage)
         images = augment(images, generator, config.augmentation)
         self.encoder.train()
@@ -134,7 +161,7 @@ class Training:
         try:
             embeddings: Tensor = self.forward(images)
         except Exception as error:
-            if not self.config.compile:
+            if not self.config.compile or is_lost(error):
                 raise
             why = str(error).strip().splitlines() or [type(error).__name__]
             raise RunError(f"torch.compile cannot run the encoder ({why[0]}); leave out --compile") from error
@@ -142,17 +169,31 @@ class Training:
 
     @property
     def occupancy(self) -> float:
-        """Share of the memory's slots in use."""
-        return len(self.loss.memory) / self.loss.memory.capacity
+        """Share of the memory's slots in use, over all ranks."""
+        memory = self.loss.memory
+        return int(self.ranks.sum_(memory.occupied.sum())) / (self.ranks.size * memory.shard_size)
+
+    @property
+    def head_numbers(self) -> dict[str, int]:
+        """The loss's parameters by name, and which ones of the optimiser's they are."""
+        number = {id(p): n for n, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        return {name: number[id(parameter)] for name, parameter in self.loss.named_parameters()}
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next step depends on, for a checkpoint."""
+        state = self.state_without_head()
+        return state | {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def state_without_head(self) -> dict[str, Any]:
+        """Return all of it but the loss's, and what the optimiser keeps beside the loss's parameters."""
+        optimizer = self.optimizer.state_dict()
+        for number in self.head_numbers.values():
+            optimizer["state"].pop(number, None)
         return {
             "step": self.step,
             "encoder": self.encoder.state_dict(),
             "average": self.average.state_dict(),
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
         }
 
@@ -162,17 +203,31 @@ class Training:
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: it is not the state of such a run.
         """
-        step, ours = state["step"], self.state()
+        self._restore(state, self.state(), state["optimizer"], ("encoder", "average", "loss", "scaler"))
+
+    def restore_without_head(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state`` or ``state_without_head`` returned, the loss apart.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: it is not the state of such a run.
+        """
+        heads = self.head_numbers.values()
+        kept = {number: moments for number, moments in state["optimizer"]["state"].items() if number not in heads}
+        optimizer = {**state["optimizer"], "state": kept}
+        self._restore(state, self.state_without_head(), optimizer, ("encoder", "average", "scaler"))
+
+    def _restore(
+        self, state: dict[str, Any], ours: dict[str, Any], optimizer: dict[str, Any], parts: tuple[str, ...]
+    ) -> None:
+        step = state["step"]
         if type(step) is not int or not 0 <= step <= self.config.steps:
             raise ValueError(f"step must be a whole number between 0 and {self.config.steps}, got {step!r}")
-        for part in ("encoder", "average", "loss", "scaler"):
+        for part in parts:
             check_like(ours[part], state[part], part)
-        self._check_optimizer(ours["optimizer"], state["optimizer"])
-        self.encoder.load_state_dict(state["encoder"])
-        self.average.load_state_dict(state["average"])
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._check_optimizer(ours["optimizer"], optimizer)
+        for part in parts:
+            getattr(self, part).load_state_dict(state[part])
+        self.optimizer.load_state_dict(optimizer)
         self.step = step
         self.schedule = self._schedule()  # of an extended run it is another one
 

@@ -8,6 +8,7 @@ T_REFUSALS = "tests/distributed/test_refusals.py"
 T_TRAINING = "tests/distributed/test_training.py"
 T_CLASSES = "tests/distributed/test_class_weights.py"
 T_COLLECTIVES = "tests/distributed/test_collectives.py"
+T_PROCESSES = "tests/training/test_processes.py"
 T_CHECKPOINTS = "tests/distributed/test_checkpoints.py"
 SAME_ERROR = f"{T_REFUSALS}::test_the_same_error_on_every_rank_before_any_write"
 
@@ -284,5 +285,40 @@ FAULTS = [
         "state.prototypes[into[taken]] = rows[taken]",
         "state.prototypes[taken.cumsum(0)[taken] - 1] = rows[taken]",
         f"{T_CHECKPOINTS}::test_rows_of_every_kind",
+    ),
+    Fault(
+        "a batch goes to several processes",
+        "training/processes.py",
+        "range(ranks.rank, identities, ranks.size)",
+        "range(ranks.rank, identities)",
+        f"{T_PROCESSES}::test_a_batch_is_shared_out_once_and_by_whole_identities",
+    ),
+    Fault(
+        "the head is overwritten before the file is whole",
+        "training/published.py",
+        "HEADS[self.head == HEADS[0]]",
+        "HEADS[0]",
+        f"{T_PROCESSES}::test_between_the_head_and_the_file_the_last_checkpoint_is_whole",
+    ),
+    Fault(
+        "another run's head is taken",
+        "training/published.py",
+        "if Folder(folder).digest != digest:",
+        "if False:",
+        f"{T_PROCESSES}::test_a_damaged_head_is_refused_in_one_line",
+    ),
+    Fault(
+        "the order of sums settles in the first step",
+        "training/steps.py",
+        ".sum().backward()",
+        "",
+        f"{T_PROCESSES}::test_three_processes_stopped_and_resumed_come_to_what_three_come_to[memory]",
+    ),
+    Fault(
+        "an optimiser's rows stay with their slots",
+        "memory.py",
+        "own[into[taken]] = saved.read(name, start, len(into))[taken]",
+        "own[into[taken]] = saved.read(name, start, len(into))[: int(taken.sum())]",
+        f"{T_CHECKPOINTS}::test_what_an_optimiser_keeps_goes_with_the_rows[3-2-AdamW]",
     ),
 ]

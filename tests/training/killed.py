@@ -54,6 +54,11 @@ def run_in_child(arguments: list[str], output: str) -> None:
     """Run ``protomem`` in this process, its output in a file, without pictures."""
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    run_quietly(arguments)
+
+
+def run_quietly(arguments: list[str]) -> None:
+    """Run ``protomem`` in this process, without pictures."""
     for name in ("draw_roc", "draw_pairs"):
         setattr(report, name, lambda *arguments, **options: None)
     sys.argv = ["protomem", *arguments]
@@ -139,13 +144,18 @@ def prepare(folder: Path) -> Path:
     return runs
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
+def arguments(what: str) -> argparse.Namespace:
+    """Return what the command line of a long suite asks for."""
+    parser = argparse.ArgumentParser(prog="make faults", description=f"Runs {what}, and resumed.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
         "--seed", type=int, default=random.randrange(10**6), help="of the first kill; then one more each"
     )
-    wanted = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    wanted = arguments("that are killed")
     began, equal, half = time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory() as place:
         runs = prepare(Path(place))

@@ -10,6 +10,7 @@ from protomem_kernels.training import checkpoints, loop
 from protomem_kernels.training.config import config_from, tomllib
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.loop import go_on
+from protomem_kernels.training.published import Published
 from protomem_kernels.training.steps import Training
 from tests.training.running import TINY, assert_refused, train
 
@@ -175,9 +176,9 @@ def test_a_checkpoint_that_is_none_of_such_a_run(a_whole_run, tmp_path, change, 
     content = checkpoints.load_checkpoint(whole)
     content.update(change) if isinstance(change, dict) else change(content)
     checkpoints.save_checkpoint(path, content)
-    training = Training(config, channels=3, identities=6, device=torch.device("cpu"))
+    training = Training(config, channels=3, identities=torch.arange(6), device=torch.device("cpu"))
     with pytest.raises(RunError) as error:
-        go_on(training, path)
+        go_on(Published(path.parent, training))
     assert expected in str(error.value)
 
 
@@ -194,8 +195,8 @@ def a_whole_run(people, tmp_path_factory):
 
 def test_an_unchanged_checkpoint_is_taken(a_whole_run):
     config, whole = a_whole_run
-    training = Training(config, channels=3, identities=6, device=torch.device("cpu"))
-    assert go_on(training, whole).seconds > 0
+    training = Training(config, channels=3, identities=torch.arange(6), device=torch.device("cpu"))
+    assert go_on(Published(whole.parent, training)).seconds > 0
     assert training.step == 4
 
 

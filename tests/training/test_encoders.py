@@ -76,7 +76,7 @@ def test_fine_tuning(tiny, tmp_path, timm):
 
 def test_a_backbone_at_rate_zero_stays_what_it_is(timm):
     config = TrainConfig(encoder="resnet18", image_size=(16, 12), backbone_learning_rate=0.0, embedding_dim=5)
-    run = Training(config, channels=3, identities=16, device=torch.device("cpu"))
+    run = Training(config, channels=3, identities=torch.arange(16), device=torch.device("cpu"))
     before = [p.clone() for p in run.encoder.parameters()]
     run.advance(torch.rand(8, 3, 16, 12), torch.arange(4).repeat(2))
     moved = [not torch.equal(old, new) for old, new in zip(before, run.encoder.parameters(), strict=True)]

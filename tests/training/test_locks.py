@@ -63,8 +63,8 @@ def test_a_process_that_outlives_the_holder_holds_nothing(tmp_path):
 def test_a_fresh_run_holds_its_folder_too(tiny, tmp_path, monkeypatch):
     from protomem_kernels.training import loop
 
-    def try_it(folder, *rest):
-        with pytest.raises(RunError, match="in use"), locked(folder):
+    def try_it(training, published, *rest):
+        with pytest.raises(RunError, match="in use"), locked(published.path.parent):
             pass
         return {}
 

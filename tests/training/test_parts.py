@@ -32,7 +32,7 @@ def training(**options):
     config = TrainConfig(
         image_size=(16, 12), width=4, embedding_dim=8, identities_per_batch=4, images_per_identity=2, steps=2, **options
     )
-    return Training(config, channels=1, identities=4, device=torch.device("cpu"))
+    return Training(config, channels=1, identities=torch.arange(4), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in PUBLIC for name in parts.choices(kind)])

@@ -25,7 +25,7 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_encoder_computes_in_it(precision):
     options = {"image_size": (16, 12), "width": 4, "embedding_dim": 8}
-    run = Training(TrainConfig(precision=precision, **options), channels=1, identities=16, device=CPU)
+    run = Training(TrainConfig(precision=precision, **options), channels=1, identities=torch.arange(16), device=CPU)
     seen = []
     run.encoder.features[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     step = run.advance(torch.rand(8, 1, 16, 12), torch.arange(4).repeat(2))

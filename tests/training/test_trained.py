@@ -15,6 +15,7 @@ from protomem_kernels.training.config import config_from, read_toml
 from protomem_kernels.training.embedding import VerifiedEncoder, embed
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.loop import go_on
+from protomem_kernels.training.published import Published
 from protomem_kernels.training.steps import Training
 from protomem_kernels.training.trained import read_encoder
 
@@ -27,8 +28,8 @@ def copied(finished, tmp_path):
 def averaged(run):
     """The average of a run's weights, by the way of its checkpoint."""
     config = config_from(read_toml(run / "config.toml"), "")
-    training = Training(config, channels=3, identities=6, device=torch.device("cpu"))
-    go_on(training, run / "checkpoint.pt")
+    training = Training(config, channels=3, identities=torch.arange(6), device=torch.device("cpu"))
+    go_on(Published(run, training))
     return training.average.module.eval()
 
 
