@@ -160,7 +160,7 @@ def other_config(content):
         ({"optimizer": None}, "does not fit this run"),
         ({"optimizer": {"param_groups": [], "state": {}}}, "optimizer.param_groups must be a list of 2, got []"),
         ({"config": None}, "does not fit this run"),
-        ({"config": {}}, "does not fit this run"),
+        ({"config": {}}, "belongs to another run: data is '' there"),
         (other_moments, "optimizer.state.0.exp_avg must be"),
         (no_second_moments, "optimizer.state.0 must hold step, exp_avg, exp_avg_sq"),
         (other_rate, "optimizer.param_groups[0].lr must be of type float, got 'fast'"),
