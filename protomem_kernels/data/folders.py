@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from natsort import natsort_keygen, ns
 
 from protomem_kernels.data.decoding import PLUG_INS, image_suffixes
 from protomem_kernels.data.errors import DatasetError
@@ -136,7 +137,9 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key under which s2 comes before s10. Text and numbers alternate, so like is compared with like."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+def natural(name: str) -> tuple[Any, str]:
+    """Sort key under which s2 comes before s10, whatever the case; equal ones in the order of their characters."""
+    return _natural(name), name
+
+
+_natural = natsort_keygen(alg=ns.IGNORECASE)

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import tomli_w
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -197,13 +198,7 @@ class TrainConfig(BaseModel):
 
     def as_toml(self) -> str:
         """Return the TOML file that ``--config`` reads back into the same configuration."""
-        import json  # a JSON string, number or list of integers is also a TOML one
-
-        return "".join(
-            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-            for key, value in self.as_dict().items()
-            if value is not None
-        )
+        return tomli_w.dumps({key: value for key, value in self.as_dict().items() if value is not None})
 
 
 @cache

@@ -13,6 +13,12 @@ def test_a_configuration_survives_its_toml(tmp_path):
     assert config_from(read_toml(tmp_path / "c.toml"), "") == config
 
 
+def test_a_name_with_a_character_that_toml_has_no_place_for(tmp_path):
+    config = TrainConfig(name="a\x7fb\tc", data="new\nline")
+    (tmp_path / "c.toml").write_text(config.as_toml(), encoding="utf-8")
+    assert config_from(read_toml(tmp_path / "c.toml"), "") == config
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
