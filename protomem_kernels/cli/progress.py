@@ -82,8 +82,15 @@ class Display(Observer):
     def result(self, folder: Path, metrics: dict[str, Any]) -> None:
         """Show the table of the figures, where the run's files are, and what can be done with it."""
         self._console.print(result_table(metrics))
-        for line in closing_lines(folder):
+        for line in [*uncertainty_lines(metrics), *closing_lines(folder)]:
             self.note(line)
+
+
+def uncertainty_lines(metrics: dict[str, Any]) -> list[str]:
+    """Return how sure the figures are, and what they cannot say."""
+    rates = {"accuracy": "verification_accuracy", "TAR at FAR 1e-2": "tar_at_far_1e-2"}
+    ranges = [f"{name} {metrics[f'{key}_low']:.3f} to {metrics[f'{key}_high']:.3f}" for name, key in rates.items()]
+    return [f"95 %:  {', '.join(ranges)}", *(f"note:  {caution}" for caution in metrics["cautions"])]
 
 
 def closing_lines(folder: Path) -> list[str]:

@@ -322,13 +322,16 @@ def identity_folds(num_identities: int, folds: int = 4) -> list[Tensor]:
     return list(torch.tensor_split(torch.arange(num_identities), folds))
 
 
-def split_by_fold(dataset: ImageDataset, fold: int, folds: int = 4) -> tuple[ImageDataset, ImageDataset]:
+def split_by_fold(
+    dataset: ImageDataset, fold: int, folds: int = 4, *, seed: int | None = None
+) -> tuple[ImageDataset, ImageDataset]:
     """Split by identity: the data set without one fold of :func:`identity_folds` to train, and that fold, unseen.
 
     Args:
         dataset: the images; its distinct labels, ascending, are what is cut into folds.
         fold: which fold stays unseen, from 0.
         folds: number of folds, at least 2.
+        seed: shuffles the identities before they are cut, since neighbours by name may be of one kind; None: by label.
 
     Raises:
         ValueError: as :func:`identity_folds`, or ``fold`` is not in ``[0, folds)``.
@@ -342,6 +345,9 @@ def split_by_fold(dataset: ImageDataset, fold: int, folds: int = 4) -> tuple[Ima
     parts = identity_folds(len(dataset.identities), folds)
     if not 0 <= fold < folds:
         raise ValueError(f"fold must be in [0, {folds}) for folds = {folds}, got {fold}")
-    unseen = dataset.identities[parts[fold]]
-    seen = dataset.identities[torch.cat(parts[:fold] + parts[fold + 1 :])]
+    identities = dataset.identities
+    if seed is not None:
+        identities = identities[torch.randperm(len(identities), generator=torch.Generator().manual_seed(seed))]
+    unseen = identities[parts[fold]]
+    seen = identities[torch.cat(parts[:fold] + parts[fold + 1 :])]
     return dataset.subset_of_identities(seen), dataset.subset_of_identities(unseen)

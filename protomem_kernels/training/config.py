@@ -79,7 +79,9 @@ class TrainConfig(BaseModel):
 
     name: str = option("", "Name of the run; a number is added if it is taken. [dim]Default: the data's name.[/]", RUN)
     runs_dir: str = option("runs", "Folder that holds one folder per run.", RUN)
-    seed: int = option(0, "Seed of the initialisation, batches and augmentation.", RUN, low=0, high=2**31 - 1)
+    seed: int = option(
+        0, "Seed of who is held out, the initialisation, batches and augmentation.", RUN, low=0, high=2**31 - 1
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ... (auto: a GPU where there is one).", RUN)
     threads: int = option(0, "CPU threads; 0: as many as PyTorch sees fit.", RUN, low=0, high=1024)
     timeout: int = option(
@@ -96,7 +98,13 @@ class TrainConfig(BaseModel):
     label_column: str = option(
         "", "Column of a table, or extension in tar files (cls), that names the identity. [dim]Default: found.[/]", DATA
     )
-    fold: int = option(3, "Which quarter of the identities is held out for verification.", DATA, low=0, high=3)
+    fold: int = option(
+        3,
+        "Which quarter of the identities is held out for verification (of folders: drawn by --seed).",
+        DATA,
+        low=0,
+        high=3,
+    )
     inner_fold: int = option(
         -1,
         "To choose options: hold out this third (0-2) of the fold's training identities instead, and leave the fold "

@@ -58,9 +58,10 @@ class Faces:
                 "and no fewer than two, for verification" + "".join(f"; {line}" for line in self.left_out.lines())
             )
         self.source = config.data or "ORL faces"
-        self.train, self.unseen = split_by_fold(dataset, config.fold, FOLDS)
+        seed = config.seed if config.data else None  # the four folds of the ORL faces are theirs
+        self.train, self.unseen = split_by_fold(dataset, config.fold, FOLDS, seed=seed)
         if config.inner_fold >= 0:  # the fold's own identities take no part at all
-            self.train, self.unseen = split_by_fold(self.train, config.inner_fold, INNER_FOLDS)
+            self.train, self.unseen = split_by_fold(self.train, config.inner_fold, INNER_FOLDS, seed=seed)
         self.workers = config.workers
         self._train_images, self._unseen_images = (
             None if images is None else images[torch.isin(dataset.labels, part.identities)]

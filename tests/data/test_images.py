@@ -219,3 +219,13 @@ def test_folds():
             identity_folds(40, folds)
     with pytest.raises(ValueError, match=r"fold must be in \[0, 4\) for folds = 4, got 4"):
         split_by_fold(orl_faces(), 4)
+
+
+def test_folds_by_seed_mix_the_kinds_of_names():
+    faces = orl_faces()
+    drawn = [split_by_fold(faces, fold, seed=5)[1].identities.tolist() for fold in range(4)]
+    assert sorted(identity for part in drawn for identity in part) == list(range(40))
+    assert drawn != [split_by_fold(faces, fold)[1].identities.tolist() for fold in range(4)]
+    assert all(max(part) - min(part) > 9 for part in drawn)
+    assert drawn[0] == split_by_fold(faces, 0, seed=5)[1].identities.tolist()
+    assert drawn[0] != split_by_fold(faces, 0, seed=6)[1].identities.tolist()

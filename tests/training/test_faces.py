@@ -147,3 +147,25 @@ def test_a_rec_and_tars_train_as_a_folder_of_the_same_images_does(tiny, tmp_path
         came[name] = figures(tmp_path / "runs" / name) | {"data": ""}
     assert came["train.rec"] == came["tars"] == came["folder"]
     assert came["folder"]["train_identities"] == 6
+
+
+def test_who_is_held_out_of_a_folder_is_drawn_by_the_seed(people):
+    size = {"data": str(people), "image_size": (16, 12)}
+    held_out = {seed: faces.Faces(TrainConfig(seed=seed, **size)).unseen.identities.tolist() for seed in range(6)}
+    assert any(held_out[seed] != [6, 7] for seed in held_out)  # the last by name
+    assert len({tuple(found) for found in held_out.values()}) > 2
+    assert faces.Faces(TrainConfig(seed=3)).unseen.identities.tolist() == list(range(30, 40))
+
+
+def test_a_small_set_says_that_it_is_beside_its_figures(tiny, tmp_path):
+    result = train(tiny, "--name", "small")
+    assert "95 %:  accuracy 0." in result.stdout
+    assert "note:  16 impostor pairs cannot show a FAR of 0.01: TAR there lets no impostor in" in result.stdout
+    assert "note:  2 identities say little: accuracy " in result.stdout
+    metrics = figures(tmp_path / "runs" / "small")
+    assert (
+        metrics["verification_accuracy_low"]
+        <= metrics["verification_accuracy"]
+        <= metrics["verification_accuracy_high"]
+    )
+    assert len(metrics["cautions"]) == 3
