@@ -102,7 +102,8 @@ def decode(
     Args:
         source: a path, the bytes of an encoded image, or a binary file at its start. Of an animation, the first frame.
         mode: "L" (grey, C = 1) or "RGB" (C = 3).
-        image_size: (height, width) in pixels to resize to (bilinear, antialiased); None: as it is, upright.
+        image_size: (height, width) in pixels to resize to (bilinear, antialiased), after what its aspect ratio has no
+            room for is cut off on both sides alike; None: as it is, upright.
         name: what errors call the image; default: the path, or the file's name.
         max_megapixels: larger images are refused before they are decoded; a million pixels each.
 
@@ -131,9 +132,27 @@ def as_pixels(image: Image.Image, *, mode: str = "RGB", image_size: tuple[int, i
 
 def _pixels(picture: Image.Image, image_size: tuple[int, int] | None) -> Tensor:
     if image_size is not None:
-        picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
+        box = crop_box((picture.height, picture.width), image_size)
+        picture = picture.crop(box).resize(image_size[::-1], Image.Resampling.BILINEAR)
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.view(picture.height, picture.width, -1).permute(2, 0, 1).contiguous()
+
+
+def crop_box(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of the largest part in the middle that has the aspect ratio of ``image_size``.
+
+    Whole pixels, at least one a side.
+
+    Example:
+        >>> crop_box((112, 112), (56, 46))
+        (10, 0, 102, 112)
+
+    """
+    (height, width), (rows, columns) = size, image_size
+    kept_height = max(1, min(height, round(width * rows / columns)))
+    kept_width = max(1, min(width, round(height * columns / rows)))
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    return left, top, left + kept_width, top + kept_height
 
 
 def open_image(

@@ -62,7 +62,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         paths: the image files, at least one; or what is read like one, an :class:`Encoded`.
         labels: their identities, integers in ``[0, len(names))``.
         names: the name of each identity.
-        image_size: (height, width) in pixels to resize to (bilinear, antialiased); None: as in the file.
+        image_size: (height, width) in pixels to crop and resize to (bilinear, antialiased); None: as in the file.
         mode: "L" (grey, C = 1) or "RGB" (C = 3). Images are turned upright by their EXIF orientation.
         max_megapixels: a larger image cannot be read.
 

@@ -113,7 +113,12 @@ class TrainConfig(BaseModel):
         low=-1,
         high=2,
     )
-    image_size: tuple[Side, Side] = option((56, 46), "Height and width that the encoder sees.", DATA)
+    image_size: tuple[Side, Side] = option(
+        (56, 46),
+        "Height and width that the encoder sees; images are cropped to that aspect ratio. [dim]Of one's own data, the "
+        "default follows the images, up to 112.[/]",
+        DATA,
+    )
     strict: bool = option(False, "Refuse data of which anything would be left out.", DATA)
     max_megapixels: float = option(
         100.0, "Largest image that is read, in millions of pixels.", DATA, low=0.01, high=1e5

@@ -115,6 +115,7 @@ def _contract(
     before = [
         "decode the image, turn it upright by its EXIF orientation, drop alpha, bring it to 8 bits",
         f"make it grey: {grey}" if transform.mode == "L" else "make it RGB, in this order",
+        "cut it to the aspect ratio of the size below, in the middle",
         f"resize it to {height} x {width} (height x width), bilinear, antialiased, as Pillow does",
         "divide by 255; order the axes as batch, channel, row, column",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -19,6 +20,7 @@ from protomem_kernels.training.stopping import outlive_stop_signals
 FOLDS, INNER_FOLDS = 4, 3
 IN_MEMORY = 1 << 30  # bytes; a data set up to this size is read once, a larger one again and again
 EMBED_BATCH = 256  # images
+LONGEST_SIDE, SIZES_LOOKED_AT = 112, 100
 
 
 class Faces:
@@ -44,6 +46,10 @@ class Faces:
             )
         else:
             dataset = orl_faces(image_size=config.image_size)
+        if config.data and "image_size" not in config.model_fields_set:
+            dataset.image_size = usual_size(dataset)
+            config = config.model_copy(update={"image_size": dataset.image_size})
+        self.config = config
         self.channels = 1 if dataset.mode == "L" else 3
         self.image_size = height, width = config.image_size
         fits = len(dataset) * self.channels * height * width <= IN_MEMORY
@@ -72,7 +78,11 @@ class Faces:
     def summary(self) -> str:
         """One phrase on what trains and what verifies."""
         train, unseen = len(self.train.identities), len(self.unseen.identities)
-        return f"{self.source}, {train} identities train ({len(self.train)} images), {unseen} unseen ones verify"
+        height, width = self.image_size
+        return (
+            f"{self.source}, {train} identities train ({len(self.train)} images), {unseen} unseen ones verify, "
+            f"cropped to {height} x {width}"
+        )
 
     def sampler(self, config: TrainConfig) -> IdentityBatchSampler:
         """Return the batch sampler over the training images."""
@@ -107,3 +117,21 @@ class Faces:
                 yield pixels.float() / 255, labels
         except DatasetError as error:  # from a worker it comes with the worker's traceback; its own line is the last
             raise DatasetError(str(error).strip().splitlines()[-1]) from error
+
+
+def usual_size(dataset: ImageDataset) -> tuple[int, int]:
+    """Return the (height, width) of the image in the middle, by aspect ratio and by size, no side beyond 112."""
+    whole = dataset.subset(torch.linspace(0, len(dataset) - 1, min(len(dataset), SIZES_LOOKED_AT)).long())
+    whole.image_size = None
+    sizes = []
+    for index in range(len(whole)):
+        try:
+            sizes.append(tuple(whole[index][0].shape[1:]))
+        except DatasetError:  # left out, and named, when all are read
+            continue
+    if not sizes:
+        return LONGEST_SIDE, LONGEST_SIDE
+    aspect = statistics.median(height / width for height, width in sizes)
+    longest = min(LONGEST_SIDE, statistics.median(map(max, sizes)))
+    height, width = (longest, longest / aspect) if aspect > 1 else (longest * aspect, longest)
+    return max(8, round(height)), max(8, round(width))

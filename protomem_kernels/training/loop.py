@@ -106,8 +106,9 @@ def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed:
             watch = watch if watch is not None and ranks.rank == 0 else Observer()
             check_alike(ranks, {key: value for key, value in config.as_dict().items() if key != "device"})
             faces = together(ranks, lambda: Faces(config))
-            training = together(ranks, lambda: prepared(config, faces, device, ranks))
-            with run_folder(config, resumed, ranks) as folder:
+            settled = faces.config  # with the size of the images
+            training = together(ranks, lambda: prepared(settled, faces, device, ranks))
+            with run_folder(settled, resumed, ranks) as folder:
                 published, earlier = Published(folder, training), Earlier()
                 if told_by_first(ranks, published.path.exists):
                     earlier = together(ranks, lambda: go_on(published))

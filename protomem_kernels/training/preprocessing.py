@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from protomem_kernels.data.decoding import as_pixels, decode
+from protomem_kernels.data.decoding import as_pixels, crop_box, decode
 from protomem_kernels.training.augmentation import standardise
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | Tensor
@@ -105,7 +105,8 @@ class Transform:
             images = (images * images.new_tensor(GREY)[:, None, None]).sum(-3, keepdim=True)
         images = images.expand(*images.shape[:-3], len(self.mode), *images.shape[-2:])
         if images.shape[-2:] != self.image_size:
-            batch = images.reshape(-1, *images.shape[-3:])
+            left, top, right, bottom = crop_box((images.shape[-2], images.shape[-1]), self.image_size)
+            batch = images[..., top:bottom, left:right].reshape(-1, *images.shape[-3:-2], bottom - top, right - left)
             resized = F.interpolate(batch, self.image_size, mode="bilinear", antialias=True, align_corners=False)
             images = resized.clamp(0, 1).view(*images.shape[:-2], *self.image_size)
         return images.contiguous()

@@ -186,3 +186,11 @@ def test_what_hands_pixels_to_another_program_is_not_opened():
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     with pytest.raises(DatasetError, match="UnidentifiedImageError"):
         decode(postscript)
+
+
+def test_the_aspect_ratio_is_kept_by_cropping():
+    wide = np.zeros((8, 32), np.uint8)
+    wide[:, 12:20] = 255
+    assert decode(encoded(wide), mode="L", image_size=(4, 4)).unique().tolist() == [255]  # the middle alone
+    assert decode(encoded(wide.T.copy()), mode="L", image_size=(4, 4)).unique().tolist() == [255]
+    assert decode(encoded(wide), mode="L", image_size=(4, 16))[0, :, [0, 8]].unique().tolist() == [0, 255]

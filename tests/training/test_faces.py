@@ -169,3 +169,15 @@ def test_a_small_set_says_that_it_is_beside_its_figures(tiny, tmp_path):
         <= metrics["verification_accuracy_high"]
     )
     assert len(metrics["cautions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((20, 15), (20, 15)), ((300, 300), (112, 112)), ((90, 180), (56, 112)), ((4, 4), (8, 8))]
+)
+def test_the_image_size_follows_the_data_unless_given(tmp_path, size, expected):
+    write_images(tmp_path, [2] * 8, size=size[::-1])
+    found = faces.Faces(TrainConfig(data=str(tmp_path)))
+    assert found.config.image_size == found.image_size == expected
+    assert f"cropped to {expected[0]} x {expected[1]}" in found.summary
+    assert faces.Faces(TrainConfig(data=str(tmp_path), image_size=(16, 12))).image_size == (16, 12)
+    assert faces.Faces(TrainConfig()).image_size == (56, 46)
