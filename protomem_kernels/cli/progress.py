@@ -18,6 +18,7 @@ from protomem_kernels.cli.lines import Lines
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.loop import Observer
 from protomem_kernels.training.steps import Step
+from protomem_kernels.training.validation import Validations
 
 
 class RunConsole(Console):
@@ -63,6 +64,12 @@ class Display(Observer):
         for name, value in zip(step._fields[1:], step[1:], strict=True):
             self._writer.add_scalar(f"train/{name}", value, step.number)
 
+    def validated(self, step: int, validations: Validations) -> None:
+        """Say how good the encoder is, and write it to TensorBoard."""
+        best = "the best so far" if validations.since == 0 else f"the best was step {validations.best_step}"
+        self.note(f"verified after step {step}: accuracy {validations.last:.3f}, {best}")
+        self._writer.add_scalar("validation/accuracy", validations.last, step)
+
     def end(self) -> None:
         """Stop the bar or the lines and close TensorBoard's file."""
         try:
@@ -81,24 +88,31 @@ class Display(Observer):
 
     def result(self, folder: Path, metrics: dict[str, Any]) -> None:
         """Show the table of the figures, where the run's files are, and what can be done with it."""
-        self._console.print(result_table(metrics))
-        for line in [*uncertainty_lines(metrics), *closing_lines(folder)]:
+        if metrics["unseen_identities"]:
+            self._console.print(result_table(metrics))
+        for line in [*uncertainty_lines(metrics), *closing_lines(folder, metrics)]:
             self.note(line)
 
 
 def uncertainty_lines(metrics: dict[str, Any]) -> list[str]:
     """Return how sure the figures are, and what they cannot say."""
     rates = {"accuracy": "verification_accuracy", "TAR at FAR 1e-2": "tar_at_far_1e-2"}
+    notes = [f"note:  {caution}" for caution in metrics["cautions"]]
+    if not metrics["unseen_identities"]:
+        return notes
     ranges = [f"{name} {metrics[f'{key}_low']:.3f} to {metrics[f'{key}_high']:.3f}" for name, key in rates.items()]
-    return [f"95 %:  {', '.join(ranges)}", *(f"note:  {caution}" for caution in metrics["cautions"])]
+    return [f"95 %:  {', '.join(ranges)}", *notes]
 
 
-def closing_lines(folder: Path) -> list[str]:
+def closing_lines(folder: Path, metrics: dict[str, Any]) -> list[str]:
     """Return where a run's files are, and commands that use what was trained."""
+    verified = bool(metrics["unseen_identities"])
+    pictures = ", roc.png, hardest_pairs.png" if verified else ""
+    command = ["verify", "A.jpg", "B.jpg"] if verified else ["embed", "FOLDER"]
     return [
-        f"files: {folder} (metrics.json, roc.png, hardest_pairs.png)",
+        f"files: {folder} (encoder.pt, metrics.json{pictures})",
         f"look:  {shlex.join(['tensorboard', '--logdir', str(folder.parent)])}",
-        f"next:  {shlex.join(['protomem', 'verify', 'A.jpg', 'B.jpg', '--run', str(folder)])}",
+        f"next:  {shlex.join(['protomem', *command, '--run', str(folder)])}",
     ]
 
 

@@ -37,6 +37,7 @@ Margin: TypeAlias = Annotated[str, AfterValidator(partial(parts.normal, "margin"
 Mining: TypeAlias = Annotated[str, AfterValidator(partial(parts.normal, "mining"))]
 Quality: TypeAlias = Annotated[str, AfterValidator(partial(parts.normal, "quality"))]
 
+NOBODY = "none"  # verifies
 RUN, DATA, MODEL, MEMORY, SCHEDULE = "Run", "Data", "Encoder", "Prototype memory and loss", "Schedule"
 
 
@@ -94,6 +95,13 @@ class TrainConfig(BaseModel):
         "table of the library datasets. [dim]Default: ORL faces.[/]",
         DATA,
     )
+    validation: str = option(
+        "",
+        "What verifies: data of its own, as --data takes it, or none, to train on everybody. [dim]Default: a quarter "
+        "of the identities.[/]",
+        DATA,
+    )
+    held_out: str = option("", "File with the names of the identities that verify, one a line.", DATA)
     image_column: str = option("", "Column of a table that holds the images. [dim]Default: found.[/]", DATA)
     label_column: str = option(
         "", "Column of a table, or extension in tar files (cls), that names the identity. [dim]Default: found.[/]", DATA
@@ -183,6 +191,15 @@ class TrainConfig(BaseModel):
     )
     compile: bool = option(False, "Compile the encoder with torch.compile (needs a C++ compiler).", SCHEDULE)
     checkpoint_every: int = option(100, "Steps between checkpoints.", SCHEDULE, low=1)
+    validate_every: int = option(
+        0, "Steps between verifications; the best encoder is kept. 0: the last one is verified.", SCHEDULE, low=0
+    )
+    patience: int = option(
+        0,
+        "Verifications in a row no better than the best that end the run; 0: any number.",
+        SCHEDULE,
+        low=0,
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -198,7 +215,16 @@ class TrainConfig(BaseModel):
         for name, value in config:
             if isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
                 raise RunError(f"{name} must be a string that UTF-8 can hold, as a TOML file does, got {value!r}")
+        config._check_what_verifies()
         return config
+
+    def _check_what_verifies(self) -> None:
+        if self.held_out and self.validation:
+            raise RunError(f"held_out must be left out where validation is {self.validation!r}, got {self.held_out!r}")
+        if self.validate_every and self.validation == NOBODY:
+            raise RunError(f"validate_every must be 0 where nothing verifies, got {self.validate_every}")
+        if self.patience and not self.validate_every:
+            raise RunError(f"patience must be 0 without validate_every, got {self.patience}")
 
     @property
     def run_name(self) -> str:

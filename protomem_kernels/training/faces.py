@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from protomem_kernels.data.images import DatasetError, ImageDataset, orl_faces, 
 from protomem_kernels.data.reading import read_all
 from protomem_kernels.data.sampling import IdentityBatchSampler
 from protomem_kernels.data.sources import labelled_images
-from protomem_kernels.training.config import TrainConfig
+from protomem_kernels.training.config import NOBODY, TrainConfig
 from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.preprocessing import Transform
 from protomem_kernels.training.stopping import outlive_stop_signals
 
 FOLDS, INNER_FOLDS = 4, 3
@@ -24,11 +26,15 @@ LONGEST_SIDE, SIZES_LOOKED_AT = 112, 100
 
 
 class Faces:
-    """Two disjoint sets of identities of one data set, ``train`` and ``unseen``.
+    """Two disjoint sets of identities, ``train`` and ``unseen``; the second is None where nothing verifies.
 
     Images are uint8 files on disk and (B, C, H, W) float32 in [0, 1] in every batch. All are read once before the run
     starts, by ``config.workers``, and what cannot be read is left out. A data set that fits is kept in memory; a larger
     one is read again in every epoch.
+
+    Attributes:
+        config: with the size of the images, where that follows the data.
+        notes: what was left out, a line each.
 
     Raises:
         DatasetError: there are no images, or, under ``config.strict``, anything would be left out.
@@ -36,51 +42,79 @@ class Faces:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        if config.data:
-            dataset = labelled_images(
-                config.data,
-                image_size=config.image_size,
-                max_megapixels=config.max_megapixels,
-                image_column=config.image_column,
-                label_column=config.label_column,
-            )
-        else:
-            dataset = orl_faces(image_size=config.image_size)
+        self.source, self.workers, self.notes = config.data or "ORL faces", config.workers, list[str]()
+        dataset = _images(config, config.data) if config.data else orl_faces(image_size=config.image_size)
         if config.data and "image_size" not in config.model_fields_set:
             dataset.image_size = usual_size(dataset)
             config = config.model_copy(update={"image_size": dataset.image_size})
-        self.config = config
-        self.channels = 1 if dataset.mode == "L" else 3
-        self.image_size = height, width = config.image_size
+        self.config, self.image_size = config, config.image_size
+        self.transform = Transform(dataset.mode, config.image_size)
+        self.channels = len(dataset.mode)
+        dataset, images = self._read(dataset, self.source)
+        unseen: ImageDataset | None = None
+        pixels: Tensor | None = None
+        if not config.validation:
+            seen, unseen = self._split(dataset)
+            pixels = _of(images, dataset, unseen)
+            dataset, images = seen, _of(images, dataset, seen)
+        elif config.validation != NOBODY:
+            unseen, pixels = self._read(_images(config, config.validation, dataset.mode), config.validation)
+            both = sorted(set(_names(dataset)) & set(_names(unseen)))
+            if both:
+                whom = f"{', '.join(both[:3])}{' ...' if len(both) > 3 else ''}"
+                self.notes.append(
+                    f"{len(both)} names are in {self.source} and in {config.validation} ({whom}): of identities that "
+                    "trained, the figures are too good"
+                )
+        self.train, self.unseen = dataset, unseen
+        self._train_images, self._unseen_images = images, pixels
+
+    def _read(self, dataset: ImageDataset, source: str) -> tuple[ImageDataset, Tensor | None]:
+        """Return what can be read of a data set, and its pixels if they fit into memory."""
+        height, width = dataset.image_size = self.image_size
         fits = len(dataset) * self.channels * height * width <= IN_MEMORY
-        dataset, images = read_all(dataset, keep=fits, workers=config.workers)
-        self.left_out = dataset.left_out
-        if config.strict:
-            self.left_out.refuse(config.data)
+        dataset, images = read_all(dataset, keep=fits, workers=self.workers)
+        if self.config.strict:
+            dataset.left_out.refuse(source)
+        self.notes += [line if source == self.source else f"{source}: {line}" for line in dataset.left_out.lines()]
+        return dataset, images
+
+    def _split(self, dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
+        """Return who trains and who verifies, of one data set: those that a file names, or a fold."""
+        config = self.config
+        if config.held_out:
+            unseen = _named(dataset, Path(config.held_out), self.source)
+            seen = dataset.identities[~torch.isin(dataset.identities, unseen)]
+            if len(unseen) < 2 or not len(seen):
+                raise RunError(
+                    f"{config.held_out} must name two identities of {self.source} or more, and not all of its "
+                    f"{len(dataset.identities)}, got {len(unseen)}"
+                )
+            return dataset.subset_of_identities(seen), dataset.subset_of_identities(unseen)
         found = len(dataset.identities)
         if found // FOLDS < 2:
             raise RunError(
-                f"{config.data} has {found} identities; at least {2 * FOLDS} are needed to keep a quarter of them, "
-                "and no fewer than two, for verification" + "".join(f"; {line}" for line in self.left_out.lines())
+                f"{self.source} has {found} identities; at least {2 * FOLDS} are needed to keep a quarter of them, "
+                "and no fewer than two, for verification"
+                + "".join(f"; {line}" for line in self.notes)
+                + "; --validation FOLDER brings others, --validation none does without"
             )
-        self.source = config.data or "ORL faces"
         seed = config.seed if config.data else None  # the four folds of the ORL faces are theirs
-        self.train, self.unseen = split_by_fold(dataset, config.fold, FOLDS, seed=seed)
+        train, other = split_by_fold(dataset, config.fold, FOLDS, seed=seed)
         if config.inner_fold >= 0:  # the fold's own identities take no part at all
-            self.train, self.unseen = split_by_fold(self.train, config.inner_fold, INNER_FOLDS, seed=seed)
-        self.workers = config.workers
-        self._train_images, self._unseen_images = (
-            None if images is None else images[torch.isin(dataset.labels, part.identities)]
-            for part in (self.train, self.unseen)
-        )
+            train, other = split_by_fold(train, config.inner_fold, INNER_FOLDS, seed=seed)
+        return train, other
 
     @property
     def summary(self) -> str:
         """One phrase on what trains and what verifies."""
-        train, unseen = len(self.train.identities), len(self.unseen.identities)
         height, width = self.image_size
+        verifies = "nothing verifies"
+        if self.unseen is not None:
+            where = f" of {self.config.validation}" if self.config.validation else ""
+            verifies = f"{len(self.unseen.identities)} unseen ones{where} verify"
         return (
-            f"{self.source}, {train} identities train ({len(self.train)} images), {unseen} unseen ones verify, "
+            f"{self.source}, {len(self.train.identities)} identities train ({len(self.train)} images), {verifies}, "
             f"cropped to {height} x {width}"
         )
 
@@ -101,6 +135,7 @@ class Faces:
 
     def unseen_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images of the unseen identities once, in order."""
+        assert self.unseen is not None
         order = BatchSampler(range(len(self.unseen)), EMBED_BATCH, drop_last=False)
         return self._batches(self.unseen, self._unseen_images, order)
 
@@ -117,6 +152,44 @@ class Faces:
                 yield pixels.float() / 255, labels
         except DatasetError as error:  # from a worker it comes with the worker's traceback; its own line is the last
             raise DatasetError(str(error).strip().splitlines()[-1]) from error
+
+
+def _images(config: TrainConfig, source: str, mode: str = "RGB") -> ImageDataset:
+    """Return the images of a source, as the configuration says they are read."""
+    return labelled_images(
+        source,
+        image_size=config.image_size,
+        mode=mode,
+        max_megapixels=config.max_megapixels,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
+
+
+def _of(images: Tensor | None, dataset: ImageDataset, part: ImageDataset) -> Tensor | None:
+    """Return the pixels of some identities of a data set."""
+    return None if images is None else images[torch.isin(dataset.labels, part.identities)]
+
+
+def _names(dataset: ImageDataset) -> list[str]:
+    """Return the names of a data set's identities."""
+    return [dataset.names[label] for label in dataset.identities.tolist()]
+
+
+def _named(dataset: ImageDataset, file: Path, source: str) -> Tensor:
+    """Return the identities that a file names, one a line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read held_out {file}: {getattr(error, 'strerror', None) or error}") from error
+    label = dict(zip(_names(dataset), dataset.identities.tolist(), strict=True))
+    found = []
+    for number, name in enumerate(map(str.strip, lines), 1):
+        if name and name not in label:
+            raise RunError(f"{file}, line {number}: expected the name of an identity of {source}, got {name!r}")
+        if name:
+            found.append(label[name])
+    return torch.tensor(sorted(set(found)), dtype=torch.int64)
 
 
 def usual_size(dataset: ImageDataset) -> tuple[int, int]:

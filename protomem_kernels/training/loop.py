@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from protomem_kernels.training.published import Published
 from protomem_kernels.training.report import report
 from protomem_kernels.training.steps import Step, Training
 from protomem_kernels.training.stopping import RunStopped, StopSignals
+from protomem_kernels.training.validation import Validations, validate
 
 
 class Observer:
@@ -65,6 +67,9 @@ class Observer:
 
     def show(self, step: Step) -> None:
         """Take note of one training step."""
+
+    def validated(self, step: int, validations: Validations) -> None:
+        """Take note of a verification on the way, after a step: what the best one so far is."""
 
     def end(self) -> None:
         """Take note that training is over, after the last step or because of an error; always follows ``begin``."""
@@ -130,46 +135,13 @@ def _train_and_report(
     earlier: Earlier,
     started: float,
 ) -> dict[str, Any]:
-    config, ranks, folder = training.config, training.ranks, published.path.parent
-    unheard: OSError | None = None  # what kept the observer from showing
+    ranks, folder = training.ranks, published.path.parent
 
     def seconds() -> float:
         return earlier.seconds + time.perf_counter() - started
 
-    def noted() -> dict[str, Any]:
-        return {"config": config.as_dict(), "seconds": seconds(), "extended_after": [*earlier.extended_after]}
-
     with signals.held(), lost_process_told(training, published):
-        order = shares(batches(faces.sampler(config), training.step, config.steps), config, ranks)
-        who = faces.summary if ranks.alone else f"{faces.summary}, in {ranks.size} processes"
-        try:
-            for line in faces.left_out.lines():
-                unheard = unheard or failure(watch.note, line)
-            unheard = unheard or failure(watch.begin, folder, config, who, training.device, training.step)
-            if any(any_of(ranks, training.device, unheard is not None)):
-                raise first_tells(ranks, RunError(f"cannot show the run: {why(unheard)}"))
-            for images, labels in faces.train_batches(order):
-                step = training.advance(images, labels)
-                if not math.isfinite(step.loss):
-                    wrong = RunError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
-                    raise first_tells(ranks, wrong)
-                unheard = failure(watch.show, step)
-                heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
-                leaving = bool(heard or unseen)
-                if leaving or training.step % config.checkpoint_every == 0 or training.step == config.steps:
-                    with whole_state_told(published):
-                        published.save(noted())
-                if leaving:
-                    break
-        finally:
-            unheard = failure(watch.end) or unheard
-        there = f"after step {training.step} of {config.steps}; go on with: {runs.way_on(folder)}"
-        heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
-        if heard:
-            stopped = RunStopped(signal.Signals(heard), f"stopped by {signal.Signals(heard).name} {there}")
-            raise first_tells(ranks, stopped, stopped.exit_code)
-        if unseen and training.step < config.steps:
-            raise first_tells(ranks, RunError(f"cannot show the run any more ({why(unheard)}), stopped {there}"))
+        validations, unheard = _train(training, published, faces, watch, signals, earlier, seconds)
     if ranks.rank:
         return {}
 
@@ -179,12 +151,74 @@ def _train_and_report(
             "seconds": round(seconds(), 2),
             "processes": ranks.size,
         }
-        metrics = report(folder, config, faces, training, more)
+        metrics = report(folder, faces, training, validations.best_step, more)
     unheard = failure(watch.result, folder, metrics) or unheard
     if unheard is not None:
         told = f"the run is done but cannot be shown ({why(unheard)}); its figures are in {folder / runs.METRICS}"
         raise RunError(told)
     return metrics
+
+
+def _train(
+    training: Training,
+    published: Published,
+    faces: Faces,
+    watch: Observer,
+    signals: StopSignals,
+    earlier: Earlier,
+    seconds: Callable[[], float],
+) -> tuple[Validations, OSError | None]:
+    """Train to the last step, or to where it is no longer better.
+
+    Returns:
+        what was found on the way, and what kept the observer from showing the last of it.
+    """
+    config, ranks, folder = training.config, training.ranks, published.path.parent
+    unheard: OSError | None = None  # what kept the observer from showing
+    validations = earlier.validations
+
+    def noted() -> dict[str, Any]:
+        told = {"seconds": seconds(), "extended_after": [*earlier.extended_after], "validations": [*validations]}
+        return {"config": config.as_dict(), **told}
+
+    def done() -> bool:
+        return training.step == config.steps or validations.over(config.patience)
+
+    last = training.step if done() else config.steps
+    order = shares(batches(faces.sampler(config), training.step, last), config, ranks)
+    who = faces.summary if ranks.alone else f"{faces.summary}, in {ranks.size} processes"
+    try:
+        for line in faces.notes:
+            unheard = unheard or failure(watch.note, line)
+        unheard = unheard or failure(watch.begin, folder, config, who, training.device, training.step)
+        if any(any_of(ranks, training.device, unheard is not None)):
+            raise first_tells(ranks, RunError(f"cannot show the run: {why(unheard)}"))
+        for images, labels in faces.train_batches(order):
+            step = training.advance(images, labels)
+            if not math.isfinite(step.loss):
+                wrong = RunError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
+                raise first_tells(ranks, wrong)
+            unheard = failure(watch.show, step)
+            if config.validate_every and training.step % config.validate_every == 0:
+                validations = told_by_first(ranks, partial(validate, training, faces, folder, validations))
+                unheard = unheard or failure(watch.validated, training.step, validations)
+            heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
+            leaving = bool(heard or unseen) or done()
+            if leaving or training.step % config.checkpoint_every == 0:
+                with whole_state_told(published):
+                    published.save(noted())
+            if leaving:
+                break
+    finally:
+        unheard = failure(watch.end) or unheard
+    there = f"after step {training.step} of {config.steps}; go on with: {runs.way_on(folder)}"
+    heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
+    if heard:
+        stopped = RunStopped(signal.Signals(heard), f"stopped by {signal.Signals(heard).name} {there}")
+        raise first_tells(ranks, stopped, stopped.exit_code)
+    if unseen and not done():
+        raise first_tells(ranks, RunError(f"cannot show the run any more ({why(unheard)}), stopped {there}"))
+    return validations, unheard
 
 
 class Earlier(NamedTuple):
@@ -193,10 +227,12 @@ class Earlier(NamedTuple):
     Attributes:
         seconds: of work.
         extended_after: the steps after which the run was extended to more of them.
+        validations: what was found on the way.
     """
 
     seconds: float = 0.0
     extended_after: tuple[int, ...] = ()
+    validations: Validations = Validations()
 
 
 @contextmanager
@@ -314,7 +350,8 @@ def _earlier(content: dict[str, Any], training: Training) -> Earlier:
         raise ValueError(f"extended_after must be steps between 0 and {training.step}, got {extended_after!r:.80}")
     if content["config"]["steps"] < training.config.steps:
         extended_after = [*extended_after, training.step]
-    return Earlier(float(seconds), tuple(extended_after))
+    validations = Validations.from_checkpoint(content["validations"]) if "validations" in content else Validations()
+    return Earlier(float(seconds), tuple(extended_after), validations)
 
 
 def shares(order: Iterable[list[int]], config: TrainConfig, ranks: Ranks) -> Iterator[list[int]]:

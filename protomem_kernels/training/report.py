@@ -15,15 +15,13 @@ from protomem_kernels import __version__
 from protomem_kernels.data.images import ImageDataset
 from protomem_kernels.training import runs
 from protomem_kernels.training.augmentation import standardise
-from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.embedding import embed
 from protomem_kernels.training.faces import Faces
 from protomem_kernels.training.files import written_whole
 from protomem_kernels.training.pictures import Curve, Pair, draw_pairs, draw_roc
-from protomem_kernels.training.preprocessing import Transform
 from protomem_kernels.training.steps import Training
 from protomem_kernels.training.thresholds import operating_points
-from protomem_kernels.training.trained import save_encoder
+from protomem_kernels.training.trained import read_encoder, save_encoder
 
 if TYPE_CHECKING:
     from protomem_kernels.data.evaluation import VerificationResult
@@ -32,12 +30,11 @@ PAIRS_SHOWN = 8
 PICTURE_HEIGHT = 168  # pixels; more than the encoder sees, for the human eye
 
 
-def report(
-    folder: Path, config: TrainConfig, faces: Faces, training: Training, more: Mapping[str, Any]
-) -> dict[str, Any]:
+def report(folder: Path, faces: Faces, training: Training, best_step: int, more: Mapping[str, Any]) -> dict[str, Any]:
     """Measure the averaged encoder on the unseen identities, write the run's files, and return the metrics.
 
-    The metrics hold ``more`` too, what the run itself knows.
+    Where ``best_step`` is not 0, that is the encoder of that step, which was found best on the way. The metrics hold
+    ``more`` too, what the run itself knows. Where nothing verifies there are no figures and no pictures.
 
     Two baselines take the encoder's input itself, standardised pixels, as the embedding, under the same protocol: the
     images as they are (``baseline_raw_pixels``), and the mean of the same ten views that the encoder gets
@@ -45,12 +42,19 @@ def report(
     """
     from protomem_kernels.data.evaluation import evaluate, hardest_pairs
 
-    save_encoder(folder / runs.ENCODER, training, Transform(faces.unseen.mode, faces.image_size))
+    if best_step:
+        training.average.module.load_state_dict(read_encoder(folder)["weights"])
+    else:
+        save_encoder(folder / runs.ENCODER, training, faces.transform)
+    if faces.unseen is None:
+        metrics = {"cautions": ["nothing verified the encoder (--validation none)"], **_facts(faces, training), **more}
+        _write(folder, metrics)
+        return metrics
     labels = faces.unseen.labels
     embeddings = embed(training.average, (images for images, _ in faces.unseen_batches()), training.device)
     pixels = torch.cat([standardise(images).flatten(1) for images, _ in faces.unseen_batches()])
     viewed = embed(nn.Flatten(), (images for images, _ in faces.unseen_batches()), torch.device("cpu"))
-    ours, baseline, ten_views = (evaluate(rows, labels, config.seed) for rows in (embeddings, pixels, viewed))
+    ours, baseline, ten_views = (evaluate(rows, labels, training.config.seed) for rows in (embeddings, pixels, viewed))
 
     metrics = {
         "verification_accuracy": ours.verification_accuracy,
@@ -74,24 +78,16 @@ def report(
         "impostor_pairs_in_all": ours.impostor_pairs_in_all,
         "rank1_probes": ours.rank1_probes,
         "operating_points": operating_points(ours.roc),
-        "train_identities": len(faces.train.identities),
-        "unseen_identities": len(faces.unseen.identities),
-        "data": faces.source,
-        "fold": config.fold,
-        "inner_fold": config.inner_fold,
-        "seed": config.seed,
-        "steps": training.step,
-        "parameters": sum(p.numel() for p in training.encoder.parameters()),
-        "device": str(training.device),
-        "threads": torch.get_num_threads(),
+        "best_step": best_step or training.step,
+        **_facts(faces, training),
         **more,
-        "versions": {"protomem_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    if best_step:
+        metrics["cautions"].append(f"step {best_step} was chosen by these figures: expect a little less on others")
+    _write(folder, metrics)
 
-    with written_whole(folder / runs.METRICS) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-    subtitle = f"{faces.source}, {metrics['unseen_identities']} identities never trained on, {training.step} steps"
+    whom = f"{len(faces.unseen.identities)} identities never trained on"
+    subtitle = f"{faces.config.validation or faces.source}, {whom}, {metrics['best_step']} steps"
     draw_roc(
         folder / runs.ROC,
         Curve("Prototype Memory", ours.roc.far, ours.roc.tar, ours.verification_accuracy, ours.auc),
@@ -115,6 +111,31 @@ def report(
     return metrics
 
 
+def _facts(faces: Faces, training: Training) -> dict[str, Any]:
+    """Return what the figures are of."""
+    config = training.config
+    return {
+        "train_identities": len(faces.train.identities),
+        "unseen_identities": 0 if faces.unseen is None else len(faces.unseen.identities),
+        "data": faces.source,
+        "validation": config.validation,
+        "held_out": config.held_out,
+        "fold": config.fold,
+        "inner_fold": config.inner_fold,
+        "seed": config.seed,
+        "steps": training.step,
+        "parameters": sum(p.numel() for p in training.encoder.parameters()),
+        "device": str(training.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"protomem_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _write(folder: Path, metrics: Mapping[str, Any]) -> None:
+    with written_whole(folder / runs.METRICS) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
 def _rates(result: VerificationResult, prefix: str) -> dict[str, float]:
     return {
         f"{prefix}tar_at_far_1e-2": result.tar_at_far_1e_2,
@@ -126,6 +147,7 @@ def _rates(result: VerificationResult, prefix: str) -> dict[str, float]:
 
 def _pair(faces: Faces, first: int, second: int, cosine: float) -> Pair:
     """Return a pair of unseen images with what stands below them."""
+    assert faces.unseen is not None
     paths = [faces.unseen.paths[index] for index in (first, second)]
     names = [f"{path.parent.name}/{path.stem}" if isinstance(path, Path) else str(path) for path in paths]
     height, width = faces.image_size

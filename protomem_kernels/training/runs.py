@@ -19,7 +19,7 @@ START = ".torchrun"  # which start of torchrun writes the folder
 # What a resumed run may do otherwise without becoming another experiment. A different device, compiler or number of
 # threads rounds differently, so the figures then agree to rounding only.
 FREE_ON_RESUME = frozenset(
-    {"name", "runs_dir", "device", "threads", "timeout", "workers", "checkpoint_every", "compile", "strict"}
+    {"name", "runs_dir", "device", "threads", "timeout", "workers", "checkpoint_every", "compile", "strict", "patience"}
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from protomem_kernels.training import runs
+from protomem_kernels.training.config import NOBODY
 from protomem_kernels.training.errors import RunError
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def read_thresholds(run: Path) -> Thresholds:
     file = run / runs.METRICS
     try:
         metrics: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if metrics.get("validation") == NOBODY:
+            raise RunError(f"{run} was trained on everybody: nothing verified it, and it has no thresholds")
         points = metrics["operating_points"]
         return Thresholds([OperatingPoint(**point) for point in points], metrics["impostor_pairs"])
     except FileNotFoundError:

@@ -95,4 +95,4 @@ def test_brackets_in_names_are_shown(tiny, tmp_path):
     result = train(tiny, "--runs-dir", tmp_path / "my runs [old] set[/b]", "--name", "[v2]")
     assert result.exit_code == 0, result.output
     assert f"{tmp_path}/my runs [old] set[/b]/[v2]: " in result.stdout
-    assert f"files: {tmp_path}/my runs [old] set[/b]/[v2] (metrics.json" in result.stdout
+    assert f"files: {tmp_path}/my runs [old] set[/b]/[v2] (encoder.pt, metrics.json" in result.stdout
