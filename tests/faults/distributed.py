@@ -261,7 +261,7 @@ FAULTS = [
     Fault(
         "ranks may load different checkpoints",
         "distributed/checkpoints.py",
-        '{"the call": "load", "the checkpoint": read[1].digest}',
+        '{"the call": "load", "the checkpoint": read[2]}',
         '{"the call": "load"}',
         f"{T_CHECKPOINTS}::test_ranks_must_mean_the_same_checkpoint",
     ),
@@ -282,8 +282,8 @@ FAULTS = [
     Fault(
         "rows are placed in the order in which they were saved",
         "memory.py",
-        "state.prototypes[into[taken]] = rows[taken]",
-        "state.prototypes[taken.cumsum(0)[taken] - 1] = rows[taken]",
+        "own[into[taken]] = saved.read(name, start, len(into))[taken]",
+        "own[taken.cumsum(0)[taken] - 1] = saved.read(name, start, len(into))[taken]",
         f"{T_CHECKPOINTS}::test_rows_of_every_kind",
     ),
     Fault(

@@ -72,7 +72,18 @@ def stop(training):
 
 @pytest.mark.parametrize("mode", ["none", "memory"])
 def test_three_processes_stopped_and_resumed_come_to_what_three_come_to(tiny, tmp_path, pool, mode):
-    options = ("--config", tiny, "--prototype-gradient", mode, "--margin", "adaface", "--steps", 6, "--validate-every", 2)
+    options = (
+        "--config",
+        tiny,
+        "--prototype-gradient",
+        mode,
+        "--margin",
+        "adaface",
+        "--steps",
+        6,
+        "--validate-every",
+        2,
+    )
     runs = tmp_path / "runs"
     assert run(pool, *options, "--name", "calm")[1:] == [(0, "", "", "None")] * 2
     assert figures(runs / "calm")["processes"] == 3
