@@ -1,9 +1,9 @@
 """What surrounds training: images, their damage, batches and figures. No kernels; importing this loads none of it.
 
 ``decoding``: one encoded image, a path or bytes, to 8-bit pixels. ``images``: the ORL faces, folders of one's own,
-folds of identities; ``sources``: the same from ``.rec``, tar files and tables; ``bins``: pairs of insightface's to
-verify. ``degradations``: damage of known severity. ``sampling``: batches that bring several images of each
-identity, and look-alikes together. ``evaluation``: verification and identification of identities that were never
-trained on (NumPy and scikit-learn). ``decoding``, ``images`` and ``evaluation`` need the ``train`` extra, the others
-torch alone.
+folds of identities; ``sources``: the same from ``.rec``, tar files and tables; ``bins`` and ``pair_lists``: pairs to
+verify, insightface's, LFW's and one's own. ``degradations``: damage of known severity. ``sampling``: batches that bring
+several images of each identity, and look-alikes together. ``evaluation``: verification and identification of identities
+that were never trained on (NumPy and scikit-learn). ``decoding``, ``images`` and ``evaluation`` need the ``train``
+extra, the others torch alone.
 """

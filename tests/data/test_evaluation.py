@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from protomem_kernels.data import evaluation
+from protomem_kernels.data import arrays
 from protomem_kernels.data.evaluation import (
     Pairs,
     all_pairs,
@@ -26,6 +26,8 @@ from protomem_kernels.data.evaluation import (
     verification_accuracy,
     verification_pairs,
 )
+from protomem_kernels.data.pairs import draw
+from protomem_kernels.data.scores import _best_threshold
 
 usable_labels = st.lists(st.integers(0, 5), min_size=3, max_size=25).filter(
     lambda labels: 1 < len(set(labels)) < len(labels)
@@ -82,7 +84,7 @@ def test_impostors_are_drawn_uniformly():
 
 @pytest.mark.parametrize(("total", "count"), [(5, 5), (7, 5), (1000, 30), (2**40, 1000)])
 def test_draw(total, count):
-    drawn = evaluation._draw(total, count, seed=3)
+    drawn = draw(total, count, seed=3)
     assert drawn.dtype == np.int64
     assert len(set(drawn.tolist())) == count
     assert drawn.min() >= 0
@@ -92,7 +94,7 @@ def test_draw(total, count):
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, torch.float32, torch.bfloat16])
 def test_cosines(kind, monkeypatch):
-    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 200)  # several chunks
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 200)  # several chunks
     values = [[3.0, 4.0], [5.0, 12.0], [-3.0, -4.0], [0.0, 0.0]]
     embeddings = (
         torch.tensor(values, dtype=kind, requires_grad=True)
@@ -144,7 +146,7 @@ def test_best_threshold_is_the_best_of_all(pairs):
     def right(threshold: float) -> int:
         return sum((score >= threshold) == is_same for score, is_same in zip(scores, same, strict=True))
 
-    found = evaluation._best_threshold(scores, same)
+    found = _best_threshold(scores, same)
     candidates = np.arange(-4.5, 5)
     assert right(found) == max(right(threshold) for threshold in candidates)
     # The highest of the equally good ones.
@@ -157,7 +159,7 @@ def test_best_threshold_is_the_best_of_all(pairs):
 
 
 def test_the_threshold_lies_half_way():
-    assert evaluation._best_threshold(np.array([0.8, 0.9, 0.2, 0.1]), np.array([1, 1, 0, 0], bool)) == 0.5
+    assert _best_threshold(np.array([0.8, 0.9, 0.2, 0.1]), np.array([1, 1, 0, 0], bool)) == 0.5
 
 
 def test_chance_and_perfection():
@@ -217,7 +219,7 @@ def test_rank1_worked_example():
 
 @pytest.mark.parametrize("chunk", [8, 1000, 2**26])
 def test_rank1_and_hardest_pairs_by_loops(chunk, monkeypatch):
-    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", chunk)
     labels = np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 1, 0])
     embeddings = clustered(labels)
     cosines = {
@@ -317,7 +319,7 @@ def test_drawn_genuine_pairs_are_uniform():
 
 
 def test_memory_grows_with_the_images_not_with_their_pairs(monkeypatch):
-    monkeypatch.setattr(evaluation, "_CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 2**20)
     labels = np.concatenate([np.zeros(3000, int), np.repeat(np.arange(1, 101), 2)])  # 4.5 million genuine pairs
     embeddings = np.random.default_rng(0).normal(size=(len(labels), 4))
     tracemalloc.start()
