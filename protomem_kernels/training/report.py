@@ -136,7 +136,7 @@ def _write(folder: Path, metrics: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def _rates(result: VerificationResult, prefix: str) -> dict[str, float]:
+def _rates(result: VerificationResult, prefix: str) -> dict[str, float | None]:
     return {
         f"{prefix}tar_at_far_1e-2": result.tar_at_far_1e_2,
         f"{prefix}tar_at_far_1e-3": result.tar_at_far_1e_3,
