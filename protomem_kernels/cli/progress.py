@@ -17,6 +17,7 @@ from protomem_kernels.cli.bar import Bar
 from protomem_kernels.cli.lines import Lines
 from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.loop import Observer
+from protomem_kernels.training.report import who_verifies
 from protomem_kernels.training.steps import Step
 from protomem_kernels.training.validation import Validations
 
@@ -88,7 +89,7 @@ class Display(Observer):
 
     def result(self, folder: Path, metrics: dict[str, Any]) -> None:
         """Show the table of the figures, where the run's files are, and what can be done with it."""
-        if metrics["unseen_identities"]:
+        if "verification_accuracy" in metrics:
             self._console.print(result_table(metrics))
         for line in [*uncertainty_lines(metrics), *closing_lines(folder, metrics)]:
             self.note(line)
@@ -98,7 +99,7 @@ def uncertainty_lines(metrics: dict[str, Any]) -> list[str]:
     """Return how sure the figures are, and what they cannot say."""
     rates = {"accuracy": "verification_accuracy", "TAR at FAR 1e-2": "tar_at_far_1e-2"}
     notes = [f"note:  {caution}" for caution in metrics["cautions"]]
-    if not metrics["unseen_identities"]:
+    if "verification_accuracy" not in metrics:
         return notes
     ranges = [f"{name} {metrics[f'{key}_low']:.3f} to {metrics[f'{key}_high']:.3f}" for name, key in rates.items()]
     return [f"95 %:  {', '.join(ranges)}", *notes]
@@ -106,7 +107,7 @@ def uncertainty_lines(metrics: dict[str, Any]) -> list[str]:
 
 def closing_lines(folder: Path, metrics: dict[str, Any]) -> list[str]:
     """Return where a run's files are, and commands that use what was trained."""
-    verified = bool(metrics["unseen_identities"])
+    verified = "verification_accuracy" in metrics
     pictures = ", roc.png, hardest_pairs.png" if verified else ""
     command = ["verify", "A.jpg", "B.jpg"] if verified else ["embed", "FOLDER"]
     return [
@@ -118,7 +119,7 @@ def closing_lines(folder: Path, metrics: dict[str, Any]) -> list[str]:
 
 def result_table(metrics: dict[str, Any]) -> Table:
     """Return the run's figures beside those of the raw pixels."""
-    table = Table(title=f"Verification of {metrics['unseen_identities']} identities never trained on")
+    table = Table(title=f"Verification of {who_verifies(metrics)}")
     for heading in ("", "trained", "raw pixels", "gain"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {
@@ -128,6 +129,8 @@ def result_table(metrics: dict[str, Any]) -> Table:
         "area under the ROC": ("auc", "baseline_auc"),
     }
     for title, (ours, baseline) in rows.items():
+        if metrics[ours] is None:  # of rank-1: a list of pairs cannot say it
+            continue
         gain = metrics[ours] - metrics[baseline]
         table.add_row(
             title,

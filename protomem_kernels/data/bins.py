@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protomem_kernels.data.decoding import MAX_MEGAPIXELS
 from protomem_kernels.data.errors import DatasetError
+from protomem_kernels.data.images import ImageDataset
+from protomem_kernels.data.left_out import LeftOut
+from protomem_kernels.data.pairs import Pairs
+from protomem_kernels.data.records import Record
+
+WITHOUT = "pairs with an image that cannot be read"
 
 # How bytes and arrays of numbers stand in pickles of all protocols, of Python 2 and 3, of numpy 1 and 2.
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -58,6 +65,32 @@ class PairFile:
     def read(self, place: int) -> bytes:
         """Return one encoded image."""
         return self._images[place]
+
+    def images(
+        self, *, image_size: tuple[int, int] | None = None, mode: str = "RGB", max_megapixels: float = MAX_MEGAPIXELS
+    ) -> ImageDataset:
+        """Return the images as a data set, its options those of ``ImageDataset``.
+
+        Nobody knows whose they are: each has a label and a name of its own, which say nothing.
+        """
+        return ImageDataset(
+            [Record(self, place) for place in range(len(self))],
+            range(len(self)),
+            [self.name_of(place) for place in range(len(self))],
+            image_size=image_size,
+            mode=mode,
+            max_megapixels=max_megapixels,
+        )
+
+    def pairs(self, dataset: ImageDataset) -> tuple[Pairs, LeftOut]:
+        """Return the pairs as positions in ``images()``, or in what can be read of it, and those that are left out."""
+        places = np.full(len(self), -1)
+        places[dataset.labels.numpy()] = np.arange(len(dataset))
+        first, second = places.reshape(-1, 2).T
+        there = (first >= 0) & (second >= 0)
+        left_out = LeftOut()
+        left_out.add(WITHOUT, *(f"{self.path.name}/{pair}" for pair in np.flatnonzero(~there).tolist()))
+        return Pairs(first[there], second[there], self.same[there]), left_out
 
     def _checked(self, content: Any) -> tuple[list[bytes], npt.NDArray[np.bool_]]:
         if type(content) not in (tuple, list) or len(content) != 2:

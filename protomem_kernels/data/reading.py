@@ -31,19 +31,22 @@ class _Attempts(Dataset[tuple[Tensor | None, str]]):
             return None, error.reason
 
 
-def read_all(dataset: ImageDataset, *, keep: bool = True, workers: int = 0) -> tuple[ImageDataset, Tensor | None]:
+def read_all(
+    dataset: ImageDataset, *, keep: bool = True, workers: int = 0, at_least: int = 2
+) -> tuple[ImageDataset, Tensor | None]:
     """Read every image; return the data set of those that can be read, and their pixels.
 
-    What is left out (unreadable images, and then identities that have fewer than two) stands in its ``left_out``, with
+    What is left out (unreadable images, and then identities that have too few) stands in its ``left_out``, with
     what was left out before.
 
     Args:
         dataset: with an ``image_size``.
         keep: whether to return the pixels, (N, C, H, W) uint8; else None is returned for them.
         workers: processes that read; 0: this one.
+        at_least: readable images that an identity needs, 1 or 2.
 
     Raises:
-        DatasetError: no identity has two readable images.
+        DatasetError: no identity has so many readable images.
 
     """
     good: list[int] = []
@@ -61,13 +64,13 @@ def read_all(dataset: ImageDataset, *, keep: bool = True, workers: int = 0) -> t
     dataset.left_out.add(BROKEN, *broken)
     labels = dataset.labels[good]
     counts = torch.bincount(labels, minlength=len(dataset.names))
-    few = torch.nonzero((counts < 2) & (torch.bincount(dataset.labels, minlength=len(counts)) > 0)).flatten()
-    dataset.left_out.add(NO_LONGER, *(dataset.names[label] for label in few.tolist()))
+    few = torch.nonzero((counts < at_least) & (torch.bincount(dataset.labels, minlength=len(counts)) > 0)).flatten()
+    if at_least > 1:
+        dataset.left_out.add(NO_LONGER, *(dataset.names[label] for label in few.tolist()))
     stay = torch.nonzero(~torch.isin(labels, few)).flatten()
     if not len(stay):
-        raise DatasetError(
-            f"expected identities with two readable images, got none: {'; '.join(dataset.left_out.lines())}"
-        )
+        what = "identities with two readable images" if at_least > 1 else "readable images"
+        raise DatasetError(f"expected {what}, got none: {'; '.join(dataset.left_out.lines())}")
     if len(stay) < len(dataset):
         dataset = dataset.subset(torch.tensor(good)[stay])
         pixels = pixels[stay] if keep else pixels

@@ -97,11 +97,17 @@ class TrainConfig(BaseModel):
     )
     validation: str = option(
         "",
-        "What verifies: data of its own, as --data takes it, or none, to train on everybody. [dim]Default: a quarter "
-        "of the identities.[/]",
+        "What verifies: data of its own, as --data takes it, insightface's .bin of pairs, or none, to train on "
+        "everybody. [dim]Default: a quarter of the identities.[/]",
         DATA,
     )
     held_out: str = option("", "File with the names of the identities that verify, one a line.", DATA)
+    pairs: str = option(
+        "",
+        "File with the pairs that verify, of images that do not train: first second 1 (the same) or 0, or as LFW lists "
+        "them. [dim]Default: all pairs.[/]",
+        DATA,
+    )
     image_column: str = option("", "Column of a table that holds the images. [dim]Default: found.[/]", DATA)
     label_column: str = option(
         "", "Column of a table, or extension in tar files (cls), that names the identity. [dim]Default: found.[/]", DATA
@@ -221,10 +227,17 @@ class TrainConfig(BaseModel):
     def _check_what_verifies(self) -> None:
         if self.held_out and self.validation:
             raise RunError(f"held_out must be left out where validation is {self.validation!r}, got {self.held_out!r}")
+        if self.pairs and (self.validation == NOBODY or self.validation_is_pairs):
+            raise RunError(f"pairs must be left out where validation is {self.validation!r}, got {self.pairs!r}")
         if self.validate_every and self.validation == NOBODY:
             raise RunError(f"validate_every must be 0 where nothing verifies, got {self.validate_every}")
         if self.patience and not self.validate_every:
             raise RunError(f"patience must be 0 without validate_every, got {self.patience}")
+
+    @property
+    def validation_is_pairs(self) -> bool:
+        """Whether a ``.bin`` verifies, which is pairs of images of nobody knows whom."""
+        return Path(self.validation).suffix.lower() == ".bin"
 
     @property
     def run_name(self) -> str:

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
+from protomem_kernels.data.bins import PairFile
 from protomem_kernels.data.images import DatasetError, ImageDataset, orl_faces, split_by_fold
+from protomem_kernels.data.left_out import LeftOut
+from protomem_kernels.data.pair_lists import check_enough, read_pairs
+from protomem_kernels.data.pairs import Pairs
 from protomem_kernels.data.reading import read_all
 from protomem_kernels.data.sampling import IdentityBatchSampler
 from protomem_kernels.data.sources import labelled_images
@@ -35,6 +39,8 @@ class Faces:
     Attributes:
         config: with the size of the images, where that follows the data.
         notes: what was left out, a line each.
+        pairs: of ``unseen`` that verify; None: all.
+        identities_known: whether the labels of ``unseen`` say whose the images are; of a ``.bin`` they do not.
 
     Raises:
         DatasetError: there are no images, or, under ``config.strict``, anything would be left out.
@@ -53,10 +59,17 @@ class Faces:
         dataset, images = self._read(dataset, self.source)
         unseen: ImageDataset | None = None
         pixels: Tensor | None = None
+        self.pairs: Pairs | None = None
+        self.identities_known = not config.validation_is_pairs
         if not config.validation:
             seen, unseen = self._split(dataset)
             pixels = _of(images, dataset, unseen)
             dataset, images = seen, _of(images, dataset, seen)
+        elif config.validation_is_pairs:
+            file = PairFile(config.validation)
+            packed = file.images(mode=dataset.mode, max_megapixels=config.max_megapixels)
+            unseen, pixels = self._read(packed, config.validation, at_least=1)
+            self._take_pairs(*file.pairs(unseen), config.validation)
         elif config.validation != NOBODY:
             unseen, pixels = self._read(_images(config, config.validation, dataset.mode), config.validation)
             both = sorted(set(_names(dataset)) & set(_names(unseen)))
@@ -66,18 +79,30 @@ class Faces:
                     f"{len(both)} names are in {self.source} and in {config.validation} ({whom}): of identities that "
                     "trained, the figures are too good"
                 )
+        if config.pairs and unseen is not None:
+            self._take_pairs(*read_pairs(config.pairs, unseen), config.pairs)
         self.train, self.unseen = dataset, unseen
         self._train_images, self._unseen_images = images, pixels
 
-    def _read(self, dataset: ImageDataset, source: str) -> tuple[ImageDataset, Tensor | None]:
+    def _read(self, dataset: ImageDataset, source: str, at_least: int = 2) -> tuple[ImageDataset, Tensor | None]:
         """Return what can be read of a data set, and its pixels if they fit into memory."""
         height, width = dataset.image_size = self.image_size
         fits = len(dataset) * self.channels * height * width <= IN_MEMORY
-        dataset, images = read_all(dataset, keep=fits, workers=self.workers)
-        if self.config.strict:
-            dataset.left_out.refuse(source)
-        self.notes += [line if source == self.source else f"{source}: {line}" for line in dataset.left_out.lines()]
+        dataset, images = read_all(dataset, keep=fits, workers=self.workers, at_least=at_least)
+        self._say(dataset.left_out, source)
         return dataset, images
+
+    def _take_pairs(self, pairs: Pairs, left_out: LeftOut, source: str) -> None:
+        """Verify on these pairs."""
+        self._say(left_out, source)
+        check_enough(pairs, source, left_out)
+        self.pairs = pairs
+
+    def _say(self, left_out: LeftOut, source: str) -> None:
+        """Note what of a source is left out, or refuse it."""
+        if self.config.strict:
+            left_out.refuse(source)
+        self.notes += [line if source == self.source else f"{source}: {line}" for line in left_out.lines()]
 
     def _split(self, dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
         """Return who trains and who verifies, of one data set: those that a file names, or a fold."""
@@ -112,7 +137,13 @@ class Faces:
         verifies = "nothing verifies"
         if self.unseen is not None:
             where = f" of {self.config.validation}" if self.config.validation else ""
-            verifies = f"{len(self.unseen.identities)} unseen ones{where} verify"
+            if self.pairs is None:
+                verifies = f"{len(self.unseen.identities)} unseen ones{where} verify"
+            elif self.identities_known:
+                among = f"{len(self.unseen.identities)} unseen ones{where}"
+                verifies = f"{len(self.pairs.same)} pairs among {among} verify"
+            else:
+                verifies = f"{len(self.pairs.same)} pairs{where} verify"
         return (
             f"{self.source}, {len(self.train.identities)} identities train ({len(self.train)} images), {verifies}, "
             f"cropped to {height} x {width}"

@@ -43,7 +43,7 @@ def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> No
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(10, 4.8), layout="constrained")
-    _title(figure, f"Verification of unseen identities\n{subtitle}", lettering([subtitle]))
+    _title(figure, f"Verification\n{subtitle}", lettering([subtitle]))
     for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
         for curve, colour, style in zip((trained, *baselines), (TRAINED, INK, GREY), ("-", "-.", "--"), strict=False):
             label = f"{curve.name}: accuracy {curve.accuracy:.3f}, AUC {curve.auc:.3f}"
@@ -74,7 +74,7 @@ def draw_pairs(path: Path, false_accepts: Sequence[Pair], false_rejects: Sequenc
     apart = ConstrainedLayoutEngine(wspace=0.06)  # pairs stand apart, their halves together
     figure = matplotlib.figure.Figure(figsize=(11, 2.0 * sum(rows) + 1.6), layout=apart)
     letters = lettering([subtitle, *(name for pair in (*false_accepts, *false_rejects) for name in pair.names)])
-    _title(figure, f"The hardest pairs of unseen identities\n{subtitle}", letters)
+    _title(figure, f"The hardest pairs\n{subtitle}", letters)
     halves: Any = figure.subfigures(2, 1, height_ratios=[n + 0.25 for n in rows], hspace=0.02)
     for block, (title, colour, pairs), count in zip(halves, blocks, rows, strict=True):
         block.suptitle(title if pairs else f"{title}: none", color=colour, fontsize=11, fontweight="bold")

@@ -18,6 +18,7 @@ from protomem_kernels.training.augmentation import standardise
 from protomem_kernels.training.embedding import embed
 from protomem_kernels.training.faces import Faces
 from protomem_kernels.training.files import written_whole
+from protomem_kernels.training.measuring import hardest, measure
 from protomem_kernels.training.pictures import Curve, Pair, draw_pairs, draw_roc
 from protomem_kernels.training.steps import Training
 from protomem_kernels.training.thresholds import operating_points
@@ -31,7 +32,7 @@ PICTURE_HEIGHT = 168  # pixels; more than the encoder sees, for the human eye
 
 
 def report(folder: Path, faces: Faces, training: Training, best_step: int, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure the averaged encoder on the unseen identities, write the run's files, and return the metrics.
+    """Measure the averaged encoder on what verifies it, write the run's files, and return the metrics.
 
     Where ``best_step`` is not 0, that is the encoder of that step, which was found best on the way. The metrics hold
     ``more`` too, what the run itself knows. Where nothing verifies there are no figures and no pictures.
@@ -40,8 +41,6 @@ def report(folder: Path, faces: Faces, training: Training, best_step: int, more:
     images as they are (``baseline_raw_pixels``), and the mean of the same ten views that the encoder gets
     (``baseline_ten_views``), which shows how much of the gain is learned.
     """
-    from protomem_kernels.data.evaluation import evaluate, hardest_pairs
-
     if best_step:
         training.average.module.load_state_dict(read_encoder(folder)["weights"])
     else:
@@ -50,17 +49,16 @@ def report(folder: Path, faces: Faces, training: Training, best_step: int, more:
         metrics = {"cautions": ["nothing verified the encoder (--validation none)"], **_facts(faces, training), **more}
         _write(folder, metrics)
         return metrics
-    labels = faces.unseen.labels
     embeddings = embed(training.average, (images for images, _ in faces.unseen_batches()), training.device)
     pixels = torch.cat([standardise(images).flatten(1) for images, _ in faces.unseen_batches()])
     viewed = embed(nn.Flatten(), (images for images, _ in faces.unseen_batches()), torch.device("cpu"))
-    ours, baseline, ten_views = (evaluate(rows, labels, training.config.seed) for rows in (embeddings, pixels, viewed))
+    ours, baseline, ten_views = (measure(rows, faces) for rows in (embeddings, pixels, viewed))
 
     metrics = {
         "verification_accuracy": ours.verification_accuracy,
         "verification_accuracy_std": ours.verification_accuracy_std,
         "baseline_raw_pixels": baseline.verification_accuracy,
-        "verification_accuracy_low": ours.verification_accuracy_low,  # 95 %, over identities
+        "verification_accuracy_low": ours.verification_accuracy_low,  # 95 %
         "verification_accuracy_high": ours.verification_accuracy_high,
         "tar_at_far_1e-2_low": ours.tar_at_far_1e_2_low,
         "tar_at_far_1e-2_high": ours.tar_at_far_1e_2_high,
@@ -86,8 +84,7 @@ def report(folder: Path, faces: Faces, training: Training, best_step: int, more:
         metrics["cautions"].append(f"step {best_step} was chosen by these figures: expect a little less on others")
     _write(folder, metrics)
 
-    whom = f"{len(faces.unseen.identities)} identities never trained on"
-    subtitle = f"{faces.config.validation or faces.source}, {whom}, {metrics['best_step']} steps"
+    subtitle = f"{faces.config.validation or faces.source}, {who_verifies(metrics)}, {metrics['best_step']} steps"
     draw_roc(
         folder / runs.ROC,
         Curve("Prototype Memory", ours.roc.far, ours.roc.tar, ours.verification_accuracy, ours.auc),
@@ -101,25 +98,37 @@ def report(folder: Path, faces: Faces, training: Training, best_step: int, more:
         Curve("raw pixels", baseline.roc.far, baseline.roc.tar, baseline.verification_accuracy, baseline.auc),
         subtitle=subtitle,
     )
-    hardest = hardest_pairs(embeddings, labels, PAIRS_SHOWN)
+    worst = hardest(embeddings, faces, PAIRS_SHOWN)
     draw_pairs(
         folder / runs.PAIRS,
-        [_pair(faces, *pair) for pair in hardest.false_accepts],
-        [_pair(faces, *pair) for pair in hardest.false_rejects],
+        [_pair(faces, *pair) for pair in worst.false_accepts],
+        [_pair(faces, *pair) for pair in worst.false_rejects],
         subtitle,
     )
     return metrics
 
 
+def who_verifies(metrics: Mapping[str, Any]) -> str:
+    """Return the words for what a run's figures are of."""
+    pairs, identities = metrics["listed_pairs"], metrics["unseen_identities"]
+    if identities is None:
+        return f"{pairs} pairs"
+    whom = f"{identities} identities never trained on"
+    return whom if pairs is None else f"{pairs} pairs among {whom}"
+
+
 def _facts(faces: Faces, training: Training) -> dict[str, Any]:
     """Return what the figures are of."""
     config = training.config
+    unseen = 0 if faces.unseen is None else len(faces.unseen.identities)
     return {
         "train_identities": len(faces.train.identities),
-        "unseen_identities": 0 if faces.unseen is None else len(faces.unseen.identities),
+        "unseen_identities": unseen if faces.identities_known else None,
+        "listed_pairs": None if faces.pairs is None else len(faces.pairs.same),
         "data": faces.source,
         "validation": config.validation,
         "held_out": config.held_out,
+        "pairs": config.pairs,
         "fold": config.fold,
         "inner_fold": config.inner_fold,
         "seed": config.seed,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from protomem_kernels.training import runs
 from protomem_kernels.training.embedding import embed
 from protomem_kernels.training.faces import Faces
+from protomem_kernels.training.measuring import measure
 from protomem_kernels.training.steps import Training
 from protomem_kernels.training.trained import save_encoder
 
@@ -56,12 +57,8 @@ class Validations(NamedTuple):
 
 def validate(training: Training, faces: Faces, folder: Path, so_far: Validations) -> Validations:
     """Verify the averaged encoder as it is; leave it in the run's folder if it is the best so far."""
-    from protomem_kernels.data.evaluation import evaluate
-
-    assert faces.unseen is not None
     embeddings = embed(training.average, (images for images, _ in faces.unseen_batches()), training.device)
-    result = evaluate(embeddings, faces.unseen.labels, training.config.seed)
-    now = so_far.then(training.step, result)
+    now = so_far.then(training.step, measure(embeddings, faces))
     if now.best_step == training.step:
         save_encoder(folder / runs.ENCODER, training, faces.transform)
     return now
