@@ -1,12 +1,14 @@
-"""Errors that are the user's to mend: one clear line on stderr and exit code 2, never a traceback."""
+"""Errors that are the user's to mend: one clear line on stderr and exit code 2, never a traceback; warnings: a line."""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import typer
 
@@ -26,13 +28,15 @@ class CommandError(Exception):
 def errors_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
     """Wrap a command so that expected errors end it with one line and exit code 2; anything else stays a traceback.
 
-    A run that a signal stopped ends with one line, too, and the exit code of that signal.
+    A run that a signal stopped ends with one line, too, and the exit code of that signal. Warnings are one line each,
+    without the place in the code that Python would name.
     """
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with warnings_in_one_line():
+                return command(*args, **kwargs)
         except (CommandError, RunError, DatasetError) as error:
             line, code = f"error: {error}", 2
         except RunStopped as stopped:
@@ -44,6 +48,23 @@ def errors_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
         raise typer.Exit(code)
 
     return wrapper
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print a UserWarning, which is for whoever typed the command, as its words alone."""
+    usual = warnings.formatwarning
+
+    def told(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is not UserWarning:
+            return usual(message, category, *place, **line)
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = told
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _give_up_stdout_if_closed() -> None:

@@ -136,8 +136,11 @@ class _Pixels(Dataset["Tensor | str"]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor | str:
+        path = self.files[index]
+        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+            return f"{path}: expected a readable image, got a pipe, a socket or a device"
         try:
-            return self.transform.pixels(self.files[index])
+            return self.transform.pixels(path)
         except DatasetError as error:
             return " ".join(str(error).split())
 

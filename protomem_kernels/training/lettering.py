@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -34,6 +36,18 @@ class Lettering(NamedTuple):
             else letter
             for letter in whole
         )
+
+
+@contextmanager
+def fonts_unsaid() -> Iterator[None]:
+    """Keep matplotlib from telling which weight of a font it takes for want of another."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def lettering(texts: Iterable[str]) -> Lettering:

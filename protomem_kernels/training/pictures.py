@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protomem_kernels.training.files import written_whole
-from protomem_kernels.training.lettering import Lettering, lettering
+from protomem_kernels.training.lettering import Lettering, fonts_unsaid, lettering
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +38,7 @@ class Pair(NamedTuple):
     cosine: float
 
 
+@fonts_unsaid()
 def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> None:
     """Write the curves twice, side by side: linear, and with logarithmic false accepts where applications live."""
     import matplotlib.figure
@@ -60,6 +61,7 @@ def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> No
         figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
 
 
+@fonts_unsaid()
 def draw_pairs(path: Path, false_accepts: Sequence[Pair], false_rejects: Sequence[Pair], subtitle: str) -> None:
     """Write a contact sheet: the most alike pairs of two identities above, the least alike pairs of one below."""
     import matplotlib.figure

@@ -71,7 +71,8 @@ def read_encoder(run: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(run)
     if not folder.is_dir():
-        raise RunError(f"run must be the folder of a run, such as runs/orl, got {run}, which is not there")
+        came = "a file" if folder.exists() else "not there"
+        raise RunError(f"run must be the folder of a run, such as runs/orl, got {run}, which is {came}")
     file = next((file for name in (runs.ENCODER, runs.CHECKPOINT) if (file := folder / name).exists()), None)
     if file is None:
         raise RunError(f"{folder} has no trained encoder: neither {runs.ENCODER} nor {runs.CHECKPOINT} is there")

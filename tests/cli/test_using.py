@@ -62,6 +62,7 @@ def test_export_says_what_was_compared(finished, tmp_path):
 def test_errors_are_one_line(finished, people, tmp_path):
     image = people / "person1/0.png"
     assert_refused(protomem("verify", image, image, "--run", tmp_path / "no"), "run must be the folder of a run")
+    assert_refused(protomem("verify", image, image, "--run", finished / "encoder.pt"), "encoder.pt, which is a file")
     assert_refused(
         protomem("verify", image, tmp_path / "no.png", "--run", finished), "no.png: expected a readable image"
     )

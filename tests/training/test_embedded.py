@@ -39,6 +39,14 @@ def test_every_image_has_its_row(photos, finished, monkeypatch):
     assert told == [(2, 4), (4, 4)]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_waited_for(photos, finished):
+    os.mkfifo(photos / "c.png")
+    found = embedded.embed_folder(photos, finished)
+    assert found.names == ["a.JPG", "b.png", "deep/er/c.bmp"]
+    assert f"{photos / 'c.png'}: expected a readable image, got a pipe, a socket or a device" in found.unreadable
+
+
 def test_workers_change_nothing(photos, finished):
     alone = embedded.embed_folder(photos, finished)
     helped = embedded.embed_folder(photos, finished, workers=1)

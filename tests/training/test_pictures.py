@@ -22,13 +22,14 @@ NAMES = ["a$b_c", "x_y_$z", "w_v$$", "u$er{1} ^", "[b]", "zcaf\udce9/1", "甲乙
 
 
 @pytest.mark.filterwarnings("error")  # "Glyph missing" is a warning
-def test_names_of_any_kind_are_drawn(tmp_path):
+def test_names_of_any_kind_are_drawn(tmp_path, caplog):
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
     pairs = [pictures_module.Pair(image, image, (name, name), 0.5) for name in NAMES]
     for name in NAMES:
         curve = pictures_module.Curve("Prototype Memory", [0, 1], [0, 1], 0.5, 0.5)
         pictures_module.draw_roc(tmp_path / "roc.png", curve, subtitle=name)
     pictures_module.draw_pairs(tmp_path / "pairs.png", pairs, pairs, NAMES[0])
+    assert not caplog.messages  # of the weights of fonts
 
 
 def test_letters_come_from_a_font_that_has_them_or_are_spelled(monkeypatch):
