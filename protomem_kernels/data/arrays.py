@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from protomem_kernels._checks import way_to_integers, way_to_one_dimension
@@ -20,10 +21,10 @@ CHUNK_BYTES = 2**26  # of temporary float64 cosines or gathered embeddings
 
 
 def as_array(values: ArrayLike) -> npt.NDArray[Any]:
-    """Return values as a NumPy array, tensors from any device and floating ones as float64."""
+    """Return values as a NumPy array, tensors from any device, bfloat16 ones as float32."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
-        values = values.double().numpy() if values.is_floating_point() else values.numpy()
+        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
     elif hasattr(values, "to_numpy"):  # of pandas: by position, whatever the index
         values = values.to_numpy()
     return np.asarray(values)
@@ -47,6 +48,11 @@ def checked_labels(labels: ArrayLike) -> Ints:
 
 def unit_rows(embeddings: ArrayLike, count: int | None = None) -> Floats:
     """Check embeddings and scale their rows to length 1: (N, D). A zero row stays zero."""
+    return scaled(checked_rows(embeddings, count))
+
+
+def checked_rows(embeddings: ArrayLike, count: int | None = None) -> npt.NDArray[np.floating[Any]]:
+    """Check embeddings, (N, D) and finite."""
     array = as_array(embeddings)
     if array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"embeddings must be floating of shape (N, D), got {array.dtype} of shape {array.shape}")
@@ -57,7 +63,12 @@ def unit_rows(embeddings: ArrayLike, count: int | None = None) -> Floats:
         raise ValueError(
             f"embeddings must be finite, got {len(bad)} of {len(array)} rows that are not, row {bad[0]} first"
         )
-    unit: Floats = array.astype(np.float64)
+    return array
+
+
+def scaled(rows: npt.NDArray[np.floating[Any]]) -> Floats:
+    """Scale rows to length 1, in float64. A zero row stays zero."""
+    unit: Floats = rows.astype(np.float64)
     largest = np.abs(unit).max(axis=1, keepdims=True, initial=0)
     np.divide(unit, largest, out=unit, where=largest > 0)  # so that no square overflows or vanishes
     length = np.linalg.norm(unit, axis=1, keepdims=True)

@@ -15,7 +15,17 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from protomem_kernels.data.arrays import ArrayLike, Bools, Floats, Ints, as_array, checked_labels, chunks, unit_rows
+from protomem_kernels.data.arrays import (
+    ArrayLike,
+    Bools,
+    Floats,
+    Ints,
+    as_array,
+    checked_labels,
+    checked_rows,
+    chunks,
+    unit_rows,
+)
 from protomem_kernels.data.hardest import HardestPairs, hardest_listed_pairs, hardest_pairs
 from protomem_kernels.data.intervals import ScoredPairs, accuracy_interval, tar_intervals, wilson
 from protomem_kernels.data.pairs import PairCounter, Pairs, all_pairs, draw, drawn_pairs, verification_pairs
@@ -164,7 +174,7 @@ def evaluate(
     balanced = drawn_pairs(counter, max_genuine, None, seed)
     genuine = int(balanced.same.sum())
     folds = min(folds, genuine, len(balanced.same) - genuine)
-    scores, same = checked_scores(cosines_of(unit, balanced), balanced.same)
+    scores, same = checked_scores(cosines_of(unit, balanced, unit=True), balanced.same)
     verdicts = verdicts_of(scores, same, checked_folds(folds, same), seed)
     accuracy, deviation = mean_accuracy(verdicts)
     part = _part(same, seed)
@@ -173,7 +183,7 @@ def evaluate(
     )
 
     pairs = drawn_pairs(counter, max_genuine, max_impostors, seed)
-    scores = cosines_of(unit, pairs)
+    scores = cosines_of(unit, pairs, unit=True)
     tars = _tars(scores, pairs.same)
     part = _part(pairs.same, seed)
     ranges = tar_intervals(tars, scores[part], _owners(pairs, part, labels), resamples=resamples, seed=seed)
@@ -243,8 +253,8 @@ def evaluate_pairs(
     """
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    unit = unit_rows(embeddings)
-    scores, same = checked_scores(cosines_of(unit, pairs), pairs.same)
+    rows = checked_rows(embeddings)
+    scores, same = checked_scores(cosines_of(rows, pairs), pairs.same)
     genuine, impostors = int(same.sum()), int((~same).sum())
     folds = min(folds, genuine, impostors)
     verdicts = verdicts_of(scores, same, checked_folds(folds, same), None)
@@ -256,8 +266,8 @@ def evaluate_pairs(
         ranges = {far: wilson(tar, genuine) for far, tar in tars.items()}
     else:
         known = as_array(labels)
-        if known.shape != (len(unit),):
-            raise ValueError(f"labels must have shape ({len(unit)},) to match embeddings, got {known.shape}")
+        if known.shape != (len(rows),):
+            raise ValueError(f"labels must have shape ({len(rows)},) to match embeddings, got {known.shape}")
         owners = np.unique(known[np.stack([pairs.first, pairs.second])], return_inverse=True)[1].reshape(2, -1)
         identities = int(owners.max()) + 1
         part = _part(same, seed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.metrics import auc, roc_curve
 from sklearn.model_selection import StratifiedKFold
 
-from protomem_kernels.data.arrays import ArrayLike, Bools, Floats, Ints, as_array, chunks, unit_rows
+from protomem_kernels.data.arrays import ArrayLike, Bools, Floats, Ints, as_array, checked_rows, chunks, scaled
 from protomem_kernels.data.pairs import Pairs
 
 
@@ -38,17 +39,20 @@ def cosine_scores(embeddings: ArrayLike, pairs: Pairs) -> Floats:
         [0.6, 0.8]
 
     """
-    return cosines_of(unit_rows(embeddings), pairs)
+    return cosines_of(checked_rows(embeddings), pairs)
 
 
-def cosines_of(unit: Floats, pairs: Pairs) -> Floats:
-    """:func:`cosine_scores` of rows of length 1."""
+def cosines_of(rows: npt.NDArray[np.floating[Any]], pairs: Pairs, *, unit: bool = False) -> Floats:
+    """:func:`cosine_scores` of rows that are checked, and maybe of length 1; no copy of all of them is made."""
     ends = np.concatenate([pairs.first, pairs.second])
-    if ends.size and not (ends.min() >= 0 and ends.max() < len(unit)):
-        raise ValueError(f"pairs must be positions in [0, {len(unit)}), got {ends.min()} to {ends.max()}")
+    if ends.size and not (ends.min() >= 0 and ends.max() < len(rows)):
+        raise ValueError(f"pairs must be positions in [0, {len(rows)}), got {ends.min()} to {ends.max()}")
     scores = np.empty(len(pairs.first))
-    for rows in chunks(len(scores), 2 * unit.shape[1]):
-        scores[rows] = np.einsum("pd,pd->p", unit[pairs.first[rows]], unit[pairs.second[rows]])
+    for some in chunks(len(scores), 2 * rows.shape[1]):
+        first, second = rows[pairs.first[some]], rows[pairs.second[some]]
+        if not unit:
+            first, second = scaled(first), scaled(second)
+        scores[some] = np.einsum("pd,pd->p", first, second)
     return scores
 
 

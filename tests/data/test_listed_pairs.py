@@ -1,8 +1,11 @@
 """Figures of a list of pairs: by hand, by those of all pairs, and what a list cannot say."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from protomem_kernels.data import arrays
 from protomem_kernels.data.evaluation import all_pairs, evaluate, evaluate_pairs, hardest_listed_pairs, hardest_pairs
 from protomem_kernels.data.intervals import wilson
 from protomem_kernels.data.pairs import Pairs, verification_pairs
@@ -83,3 +86,16 @@ def test_the_hardest_of_a_list_are_the_hardest_of_all():
 def test_what_is_refused(pairs, options, said):
     with pytest.raises(ValueError, match=said):
         evaluate_pairs(np.eye(4), Pairs(*map(np.array, pairs)), **options)
+
+
+def test_no_copy_is_made_of_wide_rows(monkeypatch):
+    """Raw pixels of insightface's lists are gigabytes."""
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 2**18)
+    rows = np.random.default_rng(0).normal(size=(400, 5000)).astype(np.float32)
+    pairs = all_pairs(np.arange(400) // 2)
+    some = Pairs(*(part[:400] for part in pairs))
+    tracemalloc.start()
+    evaluate_pairs(rows, some)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows.nbytes / 2
