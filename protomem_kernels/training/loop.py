@@ -117,6 +117,8 @@ def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed:
                 published, earlier = Published(folder, training), Earlier()
                 if told_by_first(ranks, published.path.exists):
                     earlier = together(ranks, lambda: go_on(published))
+                # Noted only now: a run that cannot go on stays what it was.
+                told_by_first(ranks, lambda: runs.extend_run(folder, settled.steps))
                 return _train_and_report(training, published, faces, watch, signals, earlier, started)
 
 
@@ -253,7 +255,6 @@ def own_folder(config: TrainConfig, resumed: Path | None, start: str | None) -> 
     """Yield the folder of a run, locked."""
     if resumed is not None:
         with locked(resumed):
-            runs.extend_run(resumed, config.steps)
             runs.note_start(resumed, start)
             sweep(resumed)
             yield resumed

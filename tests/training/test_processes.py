@@ -230,7 +230,7 @@ def test_options_that_differ_are_named(tiny, pool):
 def test_what_all_refuse_is_said_once(tiny, pool):
     first, *others = run(pool, "--config", tiny, "--capacity", 3)
     assert first[0] == 2
-    assert first[2].startswith("error: capacity must be at least identities_per_batch (4")
+    assert first[2].startswith("error: capacity must be at least the identities of a batch (4")
     assert [(code, told) for code, _, told, _ in others] == [(2, "")] * 2
 
 

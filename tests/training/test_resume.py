@@ -110,6 +110,15 @@ def test_resume_with_more_steps_extends_the_run(tiny, tmp_path, done):
     assert_refused(train(tiny, "--name", "run", "--resume", "--steps", 6), "steps = 7", "with 6")
 
 
+def test_a_run_that_cannot_go_on_is_not_extended(tiny, tmp_path):
+    assert train(tiny, "--name", "run").exit_code == 0
+    folder = tmp_path / "runs" / "run"
+    before = (folder / "config.toml").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert_refused(train(tiny, "--name", "run", "--resume", "--steps", 7), "checkpoint.pt")
+    assert (folder / "config.toml").read_bytes() == before
+
+
 def test_an_extended_run_that_is_broken_off_goes_on_as_one_that_was_not(tiny, tmp_path):
     for name in ("calm", "broken"):
         assert train(tiny, "--name", name).exit_code == 0
