@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from protomem_kernels.data.bins import PairFile
-from protomem_kernels.data.images import DatasetError, ImageDataset, orl_faces, split_by_fold
+from protomem_kernels.data.images import DatasetError, ImageDataset, image_name, orl_faces, split_by_fold
 from protomem_kernels.data.left_out import LeftOut
 from protomem_kernels.data.pair_lists import check_enough, read_pairs
 from protomem_kernels.data.pairs import Pairs
@@ -129,6 +132,14 @@ class Faces:
         if config.inner_fold >= 0:  # the fold's own identities take no part at all
             train, other = split_by_fold(train, config.inner_fold, INNER_FOLDS, seed=seed)
         return train, other
+
+    @cached_property
+    def trained_on(self) -> list[Any]:
+        """Which images train, for a checkpoint: how many, of how many identities, and a digest of their names."""
+        digest, train = hashlib.sha256(), self.train
+        for path, label in zip(train.paths, train.labels.tolist(), strict=True):
+            digest.update(f"{label}\0{image_name(path)}\0".encode("utf-8", "surrogateescape"))
+        return [len(train), len(train.identities), digest.hexdigest()]
 
     @property
     def summary(self) -> str:

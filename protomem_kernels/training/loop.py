@@ -111,12 +111,13 @@ def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed:
             watch = watch if watch is not None and ranks.rank == 0 else Observer()
             check_alike(ranks, {key: value for key, value in config.as_dict().items() if key != "device"})
             faces = together(ranks, lambda: Faces(config))
+            check_alike(ranks, {"the images that train": faces.trained_on})
             settled = faces.config  # with the size of the images
             training = together(ranks, lambda: prepared(settled, faces, device, ranks))
             with run_folder(settled, resumed, ranks) as folder:
                 published, earlier = Published(folder, training), Earlier()
                 if told_by_first(ranks, published.path.exists):
-                    earlier = together(ranks, lambda: go_on(published))
+                    earlier = together(ranks, lambda: go_on(published, faces.trained_on))
                 # Noted only now: a run that cannot go on stays what it was.
                 told_by_first(ranks, lambda: runs.extend_run(folder, settled.steps))
                 return _train_and_report(training, published, faces, watch, signals, earlier, started)
@@ -181,7 +182,7 @@ def _train(
 
     def noted() -> dict[str, Any]:
         told = {"seconds": seconds(), "extended_after": [*earlier.extended_after], "validations": [*validations]}
-        return {"config": config.as_dict(), **told}
+        return {"config": config.as_dict(), "trained_on": faces.trained_on, **told}
 
     def done() -> bool:
         return training.step == config.steps or validations.over(config.patience)
@@ -324,7 +325,7 @@ def why(error: OSError | None) -> str:
     return "another process cannot" if error is None else str(error.strerror or error)
 
 
-def go_on(published: Published) -> Earlier:
+def go_on(published: Published, trained_on: list[Any]) -> Earlier:
     """Put the training where the checkpoint was written; return what is behind it."""
     training, checkpoint = published.training, published.path
     content = load_checkpoint(checkpoint)
@@ -337,6 +338,12 @@ def go_on(published: Published) -> Earlier:
                 raise RunError(
                     f"{checkpoint} belongs to another run: {key} is {theirs[key]!r} there and {ours[key]!r} here"
                 )
+        if content.get("trained_on", trained_on) != trained_on:
+            (images, identities, _), (now, of, _) = content["trained_on"], trained_on
+            raise RunError(
+                f"{checkpoint} was trained on other images: {images} of {identities} identities there, {now} of {of} "
+                "here, or others by name; bring them back, or start a run of its own without --resume"
+            )
         published.restore(content)
         return _earlier(content, training)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

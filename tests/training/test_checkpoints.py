@@ -178,7 +178,7 @@ def test_a_checkpoint_that_is_none_of_such_a_run(a_whole_run, tmp_path, change, 
     checkpoints.save_checkpoint(path, content)
     training = Training(config, channels=3, identities=torch.arange(6), device=torch.device("cpu"))
     with pytest.raises(RunError) as error:
-        go_on(Published(path.parent, training))
+        go_on(Published(path.parent, training), content["trained_on"])
     assert expected in str(error.value)
 
 
@@ -196,7 +196,7 @@ def a_whole_run(people, tmp_path_factory):
 def test_an_unchanged_checkpoint_is_taken(a_whole_run):
     config, whole = a_whole_run
     training = Training(config, channels=3, identities=torch.arange(6), device=torch.device("cpu"))
-    assert go_on(Published(whole.parent, training)).seconds > 0
+    assert go_on(Published(whole.parent, training), checkpoints.load_checkpoint(whole)["trained_on"]).seconds > 0
     assert training.step == 4
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -156,3 +157,19 @@ def test_a_run_from_before_has_what_it_lacked_once_it_is_resumed(tiny, tmp_path,
 def test_nothing_to_resume(tiny, tmp_path):
     assert_refused(train(tiny, "--name", "never", "--resume"), "nothing to resume", "never")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("change", ["added", "renamed"])
+def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path, people, change):
+    """The labels of identities follow their names: with another one among them all would be others."""
+    data = shutil.copytree(people, tmp_path / "data")
+    assert train(tiny, "--data", data, "--name", "own").exit_code == 0
+    if change == "added":
+        shutil.copytree(people / "person0", data / "another")
+    else:
+        for number, name in enumerate(["z", "y", "x", "w", "v", "u", "t", "s"]):
+            (data / f"person{number}").rename(data / name)
+    checkpoint = (tmp_path / "runs" / "own" / "checkpoint.pt").read_bytes()
+    refused = train(tiny, "--data", data, "--name", "own", "--resume", "--steps", 6)
+    assert_refused(refused, "was trained on other images: 24 of 6 identities there, ", "without --resume")
+    assert (tmp_path / "runs" / "own" / "checkpoint.pt").read_bytes() == checkpoint

@@ -29,7 +29,7 @@ def averaged(run):
     """The average of a run's weights, by the way of its checkpoint."""
     config = config_from(read_toml(run / "config.toml"), "")
     training = Training(config, channels=3, identities=torch.arange(6), device=torch.device("cpu"))
-    go_on(Published(run, training))
+    go_on(Published(run, training), checkpoints.load_checkpoint(run / "checkpoint.pt")["trained_on"])
     return training.average.module.eval()
 
 
