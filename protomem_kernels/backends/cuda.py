@@ -42,8 +42,11 @@ class Build(NamedTuple):
 
 
 def read_build() -> Build | None:
-    """Return how the library was built, or None if there is none."""
-    return Build(**json.loads(LIBRARY.with_suffix(".json").read_text())) if LIBRARY.exists() else None
+    """Return how the library was built, or None if there is none, or none that its notes lie beside."""
+    try:
+        return Build(**json.loads(LIBRARY.with_suffix(".json").read_text())) if LIBRARY.exists() else None
+    except (OSError, TypeError, ValueError):
+        return None
 
 
 BUILD = read_build()

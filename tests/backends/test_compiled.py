@@ -403,3 +403,15 @@ def test_env_shows_how_it_was_built() -> None:
     for word in (cpu.MODULE.capability(), cpu.MODULE.compiler, cpu.MODULE.torch_version):
         assert word in output
     assert cpu.MODULE.version == pmk.__version__
+
+
+@pytest.mark.parametrize("notes", [None, "", "[]", '{"version": "1"}'])
+def test_a_cuda_library_without_its_notes_is_as_good_as_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, notes: str | None
+) -> None:
+    """A copy of half of a build, which every import used to fail on."""
+    (tmp_path / "_C_cuda.so").write_bytes(b"")
+    if notes is not None:
+        (tmp_path / "_C_cuda.json").write_text(notes)
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_C_cuda.so")
+    assert cuda.read_build() is None
