@@ -116,9 +116,9 @@ def load(
 
     def read() -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
         saved, digest = _opened(path, module, ranks)
-        state = _loaded(module, saved)
+        state, kept = _loaded(module, optimizer, saved)
         check_parts(module, state, "")
-        return state, _loaded_beside(module, optimizer, saved), digest
+        return state, kept, digest
 
     state, kept, _ = _agreed(ranks, module, read, lambda read: {"the call": "load", "the checkpoint": read[2]})
     module.load_state_dict(state)
@@ -150,7 +150,7 @@ def _agreed_state(
         shards = _shards(module)
         state: dict[str, Tensor | Shard] = {**_state(module), **shards}
         for name, value in _kept(module, optimizer).items():
-            beside = shards.get(name.split(BESIDE)[0])
+            beside = shards.get(_parameter(name))
             state[name] = _beside(beside, name, value) if beside and value.dim() else value
         return {
             name: value._replace(rows=staged(value.rows)) if isinstance(value, Shard) else staged(value)
@@ -246,8 +246,7 @@ def _kept(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """Return what an optimiser keeps beside the parameters of a module, by ``parameter@name``."""
     if optimizer is None:
         return {}
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    _check_optimizer(optimizer)
     kept = {
         f"{name}{BESIDE}{key}": value
         for name, parameter in module.named_parameters()
@@ -268,9 +267,12 @@ def _beside(shard: Shard, name: str, value: Tensor) -> Shard:
     return shard._replace(rows=value)
 
 
-def _loaded(module: nn.Module, saved: Saved) -> dict[str, Tensor]:
-    """Return the module's state made of what was saved."""
-    own, names = _state(module), {name for name in saved.names() if BESIDE not in name}
+def _loaded(
+    module: nn.Module, optimizer: Optimizer | None, saved: Saved
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the module's state made of what was saved, and what an optimiser keeps beside its parameters."""
+    beside = {name for name in saved.names() if BESIDE in name}
+    own, names = _state(module), saved.names() - beside
     if names != set(own):
         lack, more = sorted(set(own) - names)[:5], sorted(names - set(own))[:5]
         raise ValueError(
@@ -280,35 +282,40 @@ def _loaded(module: nn.Module, saved: Saved) -> dict[str, Tensor]:
     for name, value in own.items():
         if saved.dtype(name) != value.dtype:
             raise ValueError(f"{name} must be {value.dtype} in what was saved, got {saved.dtype(name)}")
-    state = {}
+    beside = _asked_for(beside, module, optimizer)
+    state, kept = dict[str, Tensor](), dict[str, Tensor]()
     for prefix, part in _parts(module):
-        for name, tensor in part.from_saved(saved.within(prefix)).items():
-            state[prefix + name] = tensor
+        rows = {prefix + name for name in part.shards()}
+        with_rows = [name.removeprefix(prefix) for name in beside if _parameter(name) in rows and saved.shape(name)]
+        for name, tensor in part.from_saved(saved.within(prefix), with_rows).items():
+            (kept if BESIDE in name else state)[prefix + name] = tensor
     for name in own.keys() - state.keys():
         if saved.shape(name) != tuple(own[name].shape):
             raise ValueError(f"{name} must have shape {tuple(own[name].shape)}, got {saved.shape(name)}")
         state[name] = saved.read(name)
-    return state
+    return state, kept | {name: saved.read(name) for name in beside - kept.keys()}
 
 
-def _loaded_beside(module: nn.Module, optimizer: Optimizer | None, saved: Saved) -> dict[str, Tensor]:
-    """Return what an optimiser keeps beside the module's parameters, made of what was saved."""
+def _asked_for(beside: set[str], module: nn.Module, optimizer: Optimizer | None) -> set[str]:
+    """Return the names of what an optimiser is to take; none without one."""
     if optimizer is None:
-        return {}
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        return set()
+    _check_optimizer(optimizer)
     has = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = {name for name, parameter in module.named_parameters() if id(parameter) in has}
-    names = {name for name in saved.names() if BESIDE in name}
-    if strange := sorted(name for name in names if name.split(BESIDE)[0] not in parameters):
+    if strange := sorted(name for name in beside if _parameter(name) not in parameters):
         raise ValueError(f"optimizer must have the parameters that were saved with one, got none of {strange[0]}")
-    kept: dict[str, Tensor] = {}
-    for prefix, part in _parts(module):
-        rows = {name for name in names if name.split(BESIDE)[0] in {prefix + own for own in part.shards()}}
-        beside = sorted(name.removeprefix(prefix) for name in rows if saved.shape(name))
-        loaded = part.from_saved(saved.within(prefix), beside)
-        kept |= {prefix + name: loaded[name] for name in beside}
-    return kept | {name: saved.read(name) for name in names - kept.keys()}
+    return beside
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def _parameter(name: str) -> str:
+    """Return which parameter something lies beside."""
+    return name.split(BESIDE)[0]
 
 
 def _give(optimizer: Optimizer, module: nn.Module, kept: Mapping[str, Tensor]) -> None:
