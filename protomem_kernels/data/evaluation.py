@@ -11,9 +11,9 @@ a zero embedding has cosine 0 with everything.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_curve
 
 from protomem_kernels.data.arrays import (
     ArrayLike,
@@ -27,7 +27,7 @@ from protomem_kernels.data.arrays import (
     unit_rows,
 )
 from protomem_kernels.data.hardest import HardestPairs, hardest_listed_pairs, hardest_pairs
-from protomem_kernels.data.intervals import ScoredPairs, accuracy_interval, tar_intervals, wilson
+from protomem_kernels.data.intervals import Interval, ScoredPairs, accuracy_interval, tar_intervals, wilson
 from protomem_kernels.data.pairs import PairCounter, Pairs, all_pairs, draw, drawn_pairs, verification_pairs
 from protomem_kernels.data.scores import (
     RocCurve,
@@ -38,6 +38,7 @@ from protomem_kernels.data.scores import (
     mean_accuracy,
     roc,
     tar_at_far,
+    tars_at,
     verdicts_of,
     verification_accuracy,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "verification_pairs",
 ]
 
+FARS = (1e-2, 1e-3)
 WIDE = 0.1  # an interval beyond this width says little
 _INTERVAL_PAIRS = 100_000  # of each kind, of which intervals are estimated
 
@@ -105,7 +107,7 @@ class VerificationResult:
         """
         lines = [
             f"{self.impostor_pairs_in_all} impostor pairs cannot show a FAR of {far}: TAR there lets no impostor in"
-            for far in (1e-2, 1e-3)
+            for far in FARS
             if self.impostor_pairs_in_all * far < 1
         ]
         low, high = self.verification_accuracy_low, self.verification_accuracy_high
@@ -176,7 +178,7 @@ def evaluate(
     folds = min(folds, genuine, len(balanced.same) - genuine)
     scores, same = checked_scores(cosines_of(unit, balanced, unit=True), balanced.same)
     verdicts = verdicts_of(scores, same, checked_folds(folds, same), seed)
-    accuracy, deviation = mean_accuracy(verdicts)
+    accuracy, _ = mean_accuracy(verdicts)
     part = _part(same, seed)
     accuracy_range = accuracy_interval(
         accuracy, _right(verdicts)[part], _owners(balanced, part, labels), resamples=resamples, seed=seed
@@ -184,18 +186,18 @@ def evaluate(
 
     pairs = drawn_pairs(counter, max_genuine, max_impostors, seed)
     scores = cosines_of(unit, pairs, unit=True)
-    tars = _tars(scores, pairs.same)
+    tars = tars_at(scores, pairs.same, FARS)
     part = _part(pairs.same, seed)
     ranges = tar_intervals(tars, scores[part], _owners(pairs, part, labels), resamples=resamples, seed=seed)
     curve = roc(scores, pairs.same)
     probes = _probes(labels)
     probes = probes[draw(len(probes), min(len(probes), max_probes), [seed, 2])]
-    return VerificationResult(
-        verification_accuracy=accuracy,
-        verification_accuracy_std=deviation,
-        auc=curve.auc,
-        tar_at_far_1e_2=tars[1e-2],
-        tar_at_far_1e_3=tars[1e-3],
+    return _result(
+        verdicts,
+        accuracy_range,
+        curve,
+        tars,
+        ranges,
         rank1=_rank1(unit, labels, probes),
         folds=folds,
         genuine_pairs=genuine,
@@ -205,13 +207,6 @@ def evaluate(
         rank1_probes=len(probes),
         identities=int(labels.max()) + 1,
         seed=seed,
-        verification_accuracy_low=accuracy_range.low,
-        verification_accuracy_high=accuracy_range.high,
-        tar_at_far_1e_2_low=ranges[1e-2].low,
-        tar_at_far_1e_2_high=ranges[1e-2].high,
-        tar_at_far_1e_3_low=ranges[1e-3].low,
-        tar_at_far_1e_3_high=ranges[1e-3].high,
-        roc=curve,
     )
 
 
@@ -258,8 +253,8 @@ def evaluate_pairs(
     genuine, impostors = int(same.sum()), int((~same).sum())
     folds = min(folds, genuine, impostors)
     verdicts = verdicts_of(scores, same, checked_folds(folds, same), None)
-    accuracy, deviation = mean_accuracy(verdicts)
-    curve, tars = roc(scores, same), _tars(scores, same)
+    accuracy, _ = mean_accuracy(verdicts)
+    curve, tars = roc(scores, same), tars_at(scores, same, FARS)
     if labels is None:
         identities = None
         accuracy_range = wilson(accuracy, len(same))
@@ -275,12 +270,12 @@ def evaluate_pairs(
         right = _right(verdicts)[part]
         accuracy_range = accuracy_interval(accuracy, right, of_part, resamples=resamples, seed=seed)
         ranges = tar_intervals(tars, scores[part], of_part, resamples=resamples, seed=seed)
-    return VerificationResult(
-        verification_accuracy=accuracy,
-        verification_accuracy_std=deviation,
-        auc=curve.auc,
-        tar_at_far_1e_2=tars[1e-2],
-        tar_at_far_1e_3=tars[1e-3],
+    return _result(
+        verdicts,
+        accuracy_range,
+        curve,
+        tars,
+        ranges,
         rank1=None,
         folds=folds,
         genuine_pairs=genuine,
@@ -290,6 +285,25 @@ def evaluate_pairs(
         rank1_probes=0,
         identities=identities,
         seed=seed,
+    )
+
+
+def _result(
+    verdicts: list[tuple[Ints, Bools]],
+    accuracy_range: Interval,
+    curve: RocCurve,
+    tars: dict[float, float],
+    ranges: dict[float, Interval],
+    **counts: Any,
+) -> VerificationResult:
+    """Bring together what was measured, and ``counts``, what it was measured on."""
+    accuracy, deviation = mean_accuracy(verdicts)
+    return VerificationResult(
+        verification_accuracy=accuracy,
+        verification_accuracy_std=deviation,
+        auc=curve.auc,
+        tar_at_far_1e_2=tars[1e-2],
+        tar_at_far_1e_3=tars[1e-3],
         verification_accuracy_low=accuracy_range.low,
         verification_accuracy_high=accuracy_range.high,
         tar_at_far_1e_2_low=ranges[1e-2].low,
@@ -297,6 +311,7 @@ def evaluate_pairs(
         tar_at_far_1e_3_low=ranges[1e-3].low,
         tar_at_far_1e_3_high=ranges[1e-3].high,
         roc=curve,
+        **counts,
     )
 
 
@@ -306,11 +321,6 @@ def _right(verdicts: list[tuple[Ints, Bools]]) -> Bools:
     for fold, judged in verdicts:
         right[fold] = judged
     return right
-
-
-def _tars(scores: Floats, same: Bools) -> dict[float, float]:
-    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
-    return {limit: float(tar[far <= limit].max()) for limit in (1e-2, 1e-3)}
 
 
 def _part(same: Bools, seed: int) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,8 +130,13 @@ def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> float:
     scores, same = checked_scores(scores, same)
     if not 0 <= far <= 1:
         raise ValueError(f"far must be in [0, 1], got {far}")
+    return tars_at(scores, same, [far])[far]
+
+
+def tars_at(scores: Floats, same: Bools, fars: Iterable[float]) -> dict[float, float]:
+    """Return :func:`tar_at_far` of checked scores for several false accept rates, by these."""
     rates, tar, _ = roc_curve(same, scores, drop_intermediate=False)
-    return float(tar[rates <= far].max())
+    return {far: float(tar[rates <= far].max()) for far in fars}
 
 
 def checked_scores(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Bools]:
