@@ -8,7 +8,6 @@ safetensors holds the encoder's weights alone; the JSON says how the encoder is 
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.extras import needed
 from protomem_kernels.training.files import written_whole
 from protomem_kernels.training.preprocessing import GREY, Transform
+from protomem_kernels.training.quiet import errors_alone
 from protomem_kernels.training.thresholds import read_thresholds
-from protomem_kernels.training.trained import load_encoder, read_encoder
+from protomem_kernels.training.trained import encoder_of, read_encoder
 
 TOLERANCE = 1e-4  # of each number of an embedding of length 1; float32 in another order of sums is off by some 1e-7
 BATCHES = 1, 3  # images that are compared; the exported batch is of any size
@@ -67,8 +67,8 @@ def export(run: Path, form: str, out: Path | None = None, *, all_views: bool = T
     out = run / f"encoder{kind.suffix}" if out is None else out
     if out.suffix != kind.suffix:
         raise RunError(f"out must end in {kind.suffix} for {form}, got {out}")
-    encoder, transform = load_encoder(run)
-    built = read_encoder(run)["built"]
+    content = read_encoder(run)
+    (encoder, transform), built = encoder_of(content, run), content["built"]
     embedder = VerifiedEncoder(encoder, all_views).eval()
     generator = torch.Generator().manual_seed(0)
     examples = [torch.rand(n, len(transform.mode), *transform.image_size, generator=generator) for n in BATCHES]
@@ -223,15 +223,9 @@ def _read_weights(path: Path, embedder: VerifiedEncoder, built: dict[str, Any]) 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep to themselves what torch's exporters say of torchvision and of torch's own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with errors_alone("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 FORMATS = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -36,18 +34,6 @@ class Lettering(NamedTuple):
             else letter
             for letter in whole
         )
-
-
-@contextmanager
-def fonts_unsaid() -> Iterator[None]:
-    """Keep matplotlib from telling which weight of a font it takes for want of another."""
-    log = logging.getLogger("matplotlib.font_manager")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def lettering(texts: Iterable[str]) -> Lettering:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from protomem_kernels.training.files import written_whole
-from protomem_kernels.training.lettering import Lettering, fonts_unsaid, lettering
+from protomem_kernels.training.lettering import Lettering, lettering
+from protomem_kernels.training.quiet import errors_alone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
+FONTS = "matplotlib.font_manager"  # a logger, which tells of weights that a font has not
 INK, GREY, TRAINED, ACCEPT, REJECT = "#222222", "#8a8a8a", "#1f6fb4", "#b4381f", "#c98a00"
 
 
@@ -38,7 +40,7 @@ class Pair(NamedTuple):
     cosine: float
 
 
-@fonts_unsaid()
+@errors_alone(FONTS)
 def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> None:
     """Write the curves twice, side by side: linear, and with logarithmic false accepts where applications live."""
     import matplotlib.figure
@@ -61,7 +63,7 @@ def draw_roc(path: Path, trained: Curve, *baselines: Curve, subtitle: str) -> No
         figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
 
 
-@fonts_unsaid()
+@errors_alone(FONTS)
 def draw_pairs(path: Path, false_accepts: Sequence[Pair], false_rejects: Sequence[Pair], subtitle: str) -> None:
     """Write a contact sheet: the most alike pairs of two identities above, the least alike pairs of one below."""
     import matplotlib.figure

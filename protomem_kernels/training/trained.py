@@ -54,13 +54,22 @@ def load_encoder(run: str | os.PathLike[str], device: str | torch.device = "cpu"
             embeddings = encoder(transform(["ann.jpg", "bob.jpg"]))  # (2, 128)
 
     """
-    content = read_encoder(run)
+    encoder, transform = encoder_of(read_encoder(run), run)
+    return encoder.to(device), transform
+
+
+def encoder_of(content: Mapping[str, Any], run: str | os.PathLike[str]) -> tuple[nn.Module, Transform]:
+    """Return the encoder and the transform of what ``read_encoder`` has read of a run.
+
+    Raises:
+        RunError: it holds none.
+    """
     try:
         encoder, transform = build_encoder(**content["built"]), Transform(**content["images"])
         encoder.load_state_dict(content["weights"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"{run} does not hold an encoder of this protomem: {error}") from error
-    return encoder.eval().to(device), transform
+    return encoder.eval(), transform
 
 
 def read_encoder(run: str | os.PathLike[str]) -> dict[str, Any]:
