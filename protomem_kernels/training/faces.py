@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from protomem_kernels.data.bins import PairFile
+from protomem_kernels.data.decoding import size_of
 from protomem_kernels.data.images import DatasetError, ImageDataset, image_name, orl_faces, split_by_fold
-from protomem_kernels.data.left_out import LeftOut
+from protomem_kernels.data.left_out import LeftOut, first_few
 from protomem_kernels.data.pair_lists import check_enough, read_pairs
 from protomem_kernels.data.pairs import Pairs
 from protomem_kernels.data.reading import read_all
@@ -77,10 +78,9 @@ class Faces:
             unseen, pixels = self._read(_images(config, config.validation, dataset.mode), config.validation)
             both = sorted(set(_names(dataset)) & set(_names(unseen)))
             if both:
-                whom = f"{', '.join(both[:3])}{' ...' if len(both) > 3 else ''}"
                 self.notes.append(
-                    f"{len(both)} names are in {self.source} and in {config.validation} ({whom}): of identities that "
-                    "trained, the figures are too good"
+                    f"{len(both)} names are in {self.source} and in {config.validation} ({first_few(both)}): of "
+                    "identities that trained, the figures are too good"
                 )
         if config.pairs and unseen is not None:
             self._take_pairs(*read_pairs(config.pairs, unseen), config.pairs)
@@ -236,12 +236,11 @@ def _named(dataset: ImageDataset, file: Path, source: str) -> Tensor:
 
 def usual_size(dataset: ImageDataset) -> tuple[int, int]:
     """Return the (height, width) of the image in the middle, by aspect ratio and by size, no side beyond 112."""
-    whole = dataset.subset(torch.linspace(0, len(dataset) - 1, min(len(dataset), SIZES_LOOKED_AT)).long())
-    whole.image_size = None
     sizes = []
-    for index in range(len(whole)):
+    for index in torch.linspace(0, len(dataset) - 1, min(len(dataset), SIZES_LOOKED_AT)).long().tolist():
+        path = dataset.paths[index]
         try:
-            sizes.append(tuple(whole[index][0].shape[1:]))
+            sizes.append(size_of(path if isinstance(path, Path) else path.read()))
         except DatasetError:  # left out, and named, when all are read
             continue
     if not sizes:
