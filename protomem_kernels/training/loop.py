@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from protomem_kernels.training.processes import (
     is_lost,
     joined,
     share,
+    started_anew,
     started_by,
     together,
     told_by_first,
@@ -120,108 +122,13 @@ def run_training(config: TrainConfig, *, watch: Observer | None = None, resumed:
                     earlier = together(ranks, lambda: go_on(published, faces.trained_on))
                 # Noted only now: a run that cannot go on stays what it was.
                 told_by_first(ranks, lambda: runs.extend_run(folder, settled.steps))
-                return _train_and_report(training, published, faces, watch, signals, earlier, started)
+                return Run(training, published, faces, watch, signals, earlier, started).to_its_end()
 
 
 def prepared(config: TrainConfig, faces: Faces, device: torch.device, ranks: Ranks) -> Training:
     """Return what trains, before its first step."""
     identities = faces.train.identities
     return Training(config, channels=faces.channels, identities=identities, device=device, ranks=ranks)
-
-
-def _train_and_report(
-    training: Training,
-    published: Published,
-    faces: Faces,
-    watch: Observer,
-    signals: StopSignals,
-    earlier: Earlier,
-    started: float,
-) -> dict[str, Any]:
-    ranks, folder = training.ranks, published.path.parent
-
-    def seconds() -> float:
-        return earlier.seconds + time.perf_counter() - started
-
-    with signals.held(), lost_process_told(training, published):
-        validations, unheard = _train(training, published, faces, watch, signals, earlier, seconds)
-    if ranks.rank:
-        return {}
-
-    with stops_told("while it was verified", folder), whole_state_told(published):
-        more = {
-            "extended_after": [*earlier.extended_after],
-            "seconds": round(seconds(), 2),
-            "processes": ranks.size,
-        }
-        metrics = report(folder, faces, training, validations.best_step, more)
-    unheard = failure(watch.result, folder, metrics) or unheard
-    if unheard is not None:
-        told = f"the run is done but cannot be shown ({why(unheard)}); its figures are in {folder / runs.METRICS}"
-        raise RunError(told)
-    return metrics
-
-
-def _train(
-    training: Training,
-    published: Published,
-    faces: Faces,
-    watch: Observer,
-    signals: StopSignals,
-    earlier: Earlier,
-    seconds: Callable[[], float],
-) -> tuple[Validations, OSError | None]:
-    """Train to the last step, or to where it is no longer better.
-
-    Returns:
-        what was found on the way, and what kept the observer from showing the last of it.
-    """
-    config, ranks, folder = training.config, training.ranks, published.path.parent
-    unheard: OSError | None = None  # what kept the observer from showing
-    validations = earlier.validations
-
-    def noted() -> dict[str, Any]:
-        told = {"seconds": seconds(), "extended_after": [*earlier.extended_after], "validations": [*validations]}
-        return {"config": config.as_dict(), "trained_on": faces.trained_on, **told}
-
-    def done() -> bool:
-        return training.step == config.steps or validations.over(config.patience)
-
-    last = training.step if done() else config.steps
-    order = shares(batches(faces.sampler(config), training.step, last), config, ranks)
-    who = faces.summary if ranks.alone else f"{faces.summary}, in {ranks.size} processes"
-    try:
-        for line in faces.notes:
-            unheard = unheard or failure(watch.note, line)
-        unheard = unheard or failure(watch.begin, folder, config, who, training.device, training.step)
-        if any(any_of(ranks, training.device, unheard is not None)):
-            raise first_tells(ranks, RunError(f"cannot show the run: {why(unheard)}"))
-        for images, labels in faces.train_batches(order):
-            step = training.advance(images, labels)
-            if not math.isfinite(step.loss):
-                wrong = RunError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
-                raise first_tells(ranks, wrong)
-            unheard = failure(watch.show, step)
-            if config.validate_every and training.step % config.validate_every == 0:
-                validations = told_by_first(ranks, partial(validate, training, faces, folder, validations))
-                unheard = unheard or failure(watch.validated, training.step, validations)
-            heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
-            leaving = bool(heard or unseen) or done()
-            if leaving or training.step % config.checkpoint_every == 0:
-                with whole_state_told(published):
-                    published.save(noted())
-            if leaving:
-                break
-    finally:
-        unheard = failure(watch.end) or unheard
-    there = f"after step {training.step} of {config.steps}; go on with: {runs.way_on(folder)}"
-    heard, unseen = any_of(ranks, training.device, signals.heard or 0, unheard is not None)
-    if heard:
-        stopped = RunStopped(signal.Signals(heard), f"stopped by {signal.Signals(heard).name} {there}")
-        raise first_tells(ranks, stopped, stopped.exit_code)
-    if unseen and not done():
-        raise first_tells(ranks, RunError(f"cannot show the run any more ({why(unheard)}), stopped {there}"))
-    return validations, unheard
 
 
 class Earlier(NamedTuple):
@@ -238,6 +145,127 @@ class Earlier(NamedTuple):
     validations: Validations = Validations()
 
 
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        training: what trains.
+        published: its last checkpoint, in the run's folder.
+        faces: on what.
+        watch: who looks on.
+        signals: may ask it to stop.
+        earlier: what is behind it.
+        started: when this process began with it, by ``time.perf_counter``.
+        validations: what was found on the way.
+        unheard: what kept the observer from showing.
+    """
+
+    training: Training
+    published: Published
+    faces: Faces
+    watch: Observer
+    signals: StopSignals
+    earlier: Earlier
+    started: float
+
+    def __post_init__(self) -> None:
+        self.validations = self.earlier.validations
+        self.unheard: OSError | None = None
+        self.config, self.ranks, self.folder = self.training.config, self.training.ranks, self.published.path.parent
+
+    def to_its_end(self) -> dict[str, Any]:
+        """Train and verify; return the metrics in the first process, nothing in the others."""
+        with self.signals.held(), lost_process_told(self.training, self.published):
+            self.train()
+        if self.ranks.rank:
+            return {}
+        with stops_told("while it was verified", self.folder), whole_state_told(self.published):
+            more = {
+                "extended_after": [*self.earlier.extended_after],
+                "seconds": round(self.seconds(), 2),
+                "processes": self.ranks.size,
+            }
+            metrics = report(self.folder, self.faces, self.training, self.validations.best_step, more)
+        self.tell(self.watch.result, self.folder, metrics)
+        if self.unheard is not None:
+            raise RunError(
+                f"the run is done but cannot be shown ({why(self.unheard)}); its figures are in "
+                f"{self.folder / runs.METRICS}"
+            )
+        return metrics
+
+    def train(self) -> None:
+        """Train to the last step, or to where it is no longer better."""
+        config, training, ranks = self.config, self.training, self.ranks
+        last = training.step if self.done() else config.steps
+        order = batches(self.faces.sampler(config), training.step, last)
+        shares = (share(batch, config.images_per_identity, ranks) for batch in order)
+        who = self.faces.summary if ranks.alone else f"{self.faces.summary}, in {ranks.size} processes"
+        try:
+            for line in self.faces.notes:
+                self.tell(self.watch.note, line)
+            self.tell(self.watch.begin, self.folder, config, who, training.device, training.step)
+            if any(self.asked_to_leave()):
+                raise first_tells(ranks, RunError(f"cannot show the run: {why(self.unheard)}"))
+            for images, labels in self.faces.train_batches(shares):
+                step = training.advance(images, labels)
+                if not math.isfinite(step.loss):
+                    wrong = RunError(f"the loss is {step.loss} in step {step.number}; try a lower --learning-rate")
+                    raise first_tells(ranks, wrong)
+                self.tell(self.watch.show, step)
+                if config.validate_every and training.step % config.validate_every == 0:
+                    look = partial(validate, training, self.faces, self.folder, self.validations)
+                    self.validations = told_by_first(ranks, look)
+                    self.tell(self.watch.validated, training.step, self.validations)
+                leaving = any(self.asked_to_leave()) or self.done()
+                if leaving or training.step % config.checkpoint_every == 0:
+                    with whole_state_told(self.published):
+                        self.published.save(self.noted())
+                if leaving:
+                    break
+        finally:
+            self.tell(self.watch.end)
+        there = f"after step {training.step} of {config.steps}; go on with: {runs.way_on(self.folder)}"
+        heard, unseen = self.asked_to_leave()
+        if heard:
+            stopped = RunStopped(signal.Signals(heard), f"stopped by {signal.Signals(heard).name} {there}")
+            raise first_tells(ranks, stopped, stopped.exit_code)
+        if unseen and not self.done():
+            told = RunError(f"cannot show the run any more ({why(self.unheard)}), stopped {there}")
+            raise first_tells(ranks, told)
+
+    def done(self) -> bool:
+        """Say whether nothing is left to train."""
+        return self.training.step == self.config.steps or self.validations.over(self.config.patience)
+
+    def tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        """Tell the observer, and keep what first kept it from showing something."""
+        try:
+            what(*arguments)
+        except OSError as error:
+            self.unheard = self.unheard or error
+
+    def asked_to_leave(self) -> tuple[int, int]:
+        """Return the signal that any process has heard, and whether its observer is at a loss; 0: neither."""
+        heard, unseen = any_of(self.ranks, self.training.device, self.signals.heard or 0, self.unheard is not None)
+        return heard, unseen
+
+    def seconds(self) -> float:
+        """Return how long the run has taken so far."""
+        return self.earlier.seconds + time.perf_counter() - self.started
+
+    def noted(self) -> dict[str, Any]:
+        """Return what a checkpoint tells of the run beside the state of the training."""
+        return {
+            "config": self.config.as_dict(),
+            "trained_on": self.faces.trained_on,
+            "seconds": self.seconds(),
+            "extended_after": [*self.earlier.extended_after],
+            "validations": [*self.validations],
+        }
+
+
 @contextmanager
 def run_folder(config: TrainConfig, resumed: Path | None, ranks: Ranks) -> Iterator[Path]:
     """Yield the folder of a run, a fresh one unless it is resumed, locked by the first process.
@@ -246,9 +274,12 @@ def run_folder(config: TrainConfig, resumed: Path | None, ranks: Ranks) -> Itera
     """
     start = started_by()
     with ExitStack() as held:
-        yield told_by_first(
-            ranks, lambda: held.enter_context(own_folder(config, resumed or runs.run_of_start(config, start), start))
-        )
+
+        def own() -> Path:
+            before = resumed or (runs.run_of_start(config, start) if started_anew() else None)
+            return held.enter_context(own_folder(config, before, start))
+
+        yield told_by_first(ranks, own)
 
 
 @contextmanager
@@ -311,15 +342,6 @@ def whole_state_told(published: Published) -> Iterator[None]:
         raise RunError(f"{error}; {published.whole}") from error
 
 
-def failure(tell: Callable[..., None], *what: Any) -> OSError | None:
-    """Tell an observer; return what kept it from showing that, or None."""
-    try:
-        tell(*what)
-    except OSError as error:
-        return error
-    return None
-
-
 def why(error: OSError | None) -> str:
     """Return what an error says, in words."""
     return "another process cannot" if error is None else str(error.strerror or error)
@@ -360,11 +382,6 @@ def _earlier(content: dict[str, Any], training: Training) -> Earlier:
         extended_after = [*extended_after, training.step]
     validations = Validations.from_checkpoint(content["validations"]) if "validations" in content else Validations()
     return Earlier(float(seconds), tuple(extended_after), validations)
-
-
-def shares(order: Iterable[list[int]], config: TrainConfig, ranks: Ranks) -> Iterator[list[int]]:
-    """Yield this process's part of each batch."""
-    return (share(batch, config.images_per_identity, ranks) for batch in order)
 
 
 def batches(sampler: IdentityBatchSampler, first_step: int, steps: int) -> Iterator[list[int]]:

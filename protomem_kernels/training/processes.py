@@ -22,6 +22,7 @@ from protomem_kernels.training.errors import RunError
 
 Done = TypeVar("Done")
 TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 # How gloo and NCCL say, by a RuntimeError, that another process is gone or does not answer.
 LOST = ("gloo", "nccl", "connection", "timed out", "waited in vain")
 
@@ -71,7 +72,7 @@ def _join(backend: str, timeout: timedelta) -> None:
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = PrefixStore(f"start {os.environ.get(RESTARTS, 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -81,6 +82,11 @@ def started_by() -> str | None:
         return None
     chosen = os.environ["TORCHELASTIC_RUN_ID"]
     return chosen if chosen != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
+def started_anew() -> bool:
+    """Say whether torchrun has started these processes before; over several machines, where that is not known, True."""
+    return os.environ.get(RESTARTS, "0") != "0" or os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
 
 
 def together(ranks: Ranks, do: Callable[[], Done]) -> Done:
@@ -118,6 +124,8 @@ def told_by_first(ranks: Ranks, do: Callable[[], Done]) -> Done:
 
 def any_of(ranks: Ranks, device: torch.device, *numbers: int) -> list[int]:
     """Return of each number the largest that a process has."""
+    if ranks.alone:
+        return [*numbers]
     return [int(n) for n in ranks.max_(torch.tensor(numbers, device=device)).tolist()]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,19 @@ class Published:
         Raises:
             RunError: it cannot be written: the last checkpoint stands. ToldElsewhereError in other processes.
         """
+        from protomem_kernels.distributed.storage import Folder
+
         training, ranks = self.training, self.training.ranks
-        head = None
-        if ranks.alone:
-            state = training.state()
-        else:
-            head = HEADS[self.head == HEADS[0]]
-            state = training.state_without_head() | {"head": head, "head_sha256": self._save_head(head)}
+        head = None if ranks.alone else HEADS[self.head == HEADS[0]]
+        if head is not None:
+            together(ranks, partial(self._save_head, self.path.with_name(head)))
 
         def write() -> None:
+            if head is None:
+                state = training.state()
+            else:
+                digest = Folder(self.path.with_name(head)).digest
+                state = training.state_without_head() | {"head": head, "head_sha256": digest}
             checkpoints.save_checkpoint(self.path, {**noted, **state})
             for other in set(HEADS) - {head}:
                 shutil.rmtree(self.path.with_name(other), ignore_errors=True)
@@ -71,20 +76,12 @@ class Published:
         told_by_first(ranks, write)
         self.head, self.step = head, training.step
 
-    def _save_head(self, head: str) -> str:
-        """Save what all processes have of the head; return the checksum."""
-        from protomem_kernels.distributed.storage import Folder
-
-        training, folder = self.training, self.path.with_name(head)
-
-        def write() -> None:
-            try:
-                save(folder, training.loss, training.optimizer)
-            except RuntimeError as error:
-                raise RunError(f"cannot write {folder}: {error.__cause__ or error}") from error
-
-        together(training.ranks, write)
-        return told_by_first(training.ranks, lambda: Folder(folder).digest)
+    def _save_head(self, folder: Path) -> None:
+        """Save what this process has of the head, together with the others."""
+        try:
+            save(folder, self.training.loss, self.training.optimizer)
+        except RuntimeError as error:
+            raise RunError(f"cannot write {folder}: {error.__cause__ or error}") from error
 
     def restore(self, content: dict[str, Any]) -> None:
         """Put the training where the checkpoint was written, whose ``content`` the file has.
@@ -103,7 +100,7 @@ class Published:
             training.restore(content)
         else:
             training.restore_without_head(content)
-            load(_whole(content, training.head_numbers), training.loss, training.optimizer)
+            load(_of_one_process(content, training.head_numbers), training.loss, training.optimizer)
         self.head, self.step = head, training.step
 
     def _checked(self, head: str, digest: str) -> Path:
@@ -115,7 +112,7 @@ class Published:
         return folder
 
 
-def _whole(content: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Tensor]:
+def _of_one_process(content: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Tensor]:
     """Return a head, and what the optimiser keeps beside its parameters, as one process has saved them."""
     kept = content["optimizer"]["state"]
     return {**content["loss"]} | {

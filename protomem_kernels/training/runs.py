@@ -48,15 +48,14 @@ def start_run(config: TrainConfig) -> Path:
 def note_start(folder: Path, start: str | None) -> None:
     """Note in a run's folder which start of torchrun writes it."""
     if start is not None:
-        (folder / START).write_text(start, encoding="utf-8")
+        with written_whole(folder / START) as temporary:
+            temporary.write_text(start, encoding="utf-8")
 
 
 def run_of_start(config: TrainConfig, start: str | None) -> Path | None:
-    """Return the folder of the run that this start of torchrun has made, if it has."""
-    for file in Path(config.runs_dir).glob(f"*/{START}") if start is not None else ():
-        if file.read_text(encoding="utf-8") == start:
-            return file.parent
-    return None
+    """Return the folder of the newest run that this start of torchrun has made, if it has made one."""
+    noted = [file for file in Path(config.runs_dir).glob(f"*/{START}") if file.read_text(encoding="utf-8") == start]
+    return max(noted, key=lambda file: file.stat().st_mtime_ns).parent if noted else None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

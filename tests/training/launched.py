@@ -42,7 +42,7 @@ class Forked:
 
     def __init__(self, ranks, arguments, output):
         self.ranks, self.arguments, self.output = ranks, [*map(str, arguments)], str(output)
-        self.start_id = uuid.uuid4().hex
+        self.start_id, self.starts = uuid.uuid4().hex, 0
         self.start()
 
     def start(self):
@@ -53,11 +53,19 @@ class Forked:
         context = warm_processes(*WARM)
         self.processes = []
         for rank in range(self.ranks):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": self.start_id}
+            own = {
+                **shared,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "GROUP_WORLD_SIZE": 1,
+                "TORCHELASTIC_RUN_ID": self.start_id,
+                "TORCHELASTIC_RESTART_COUNT": self.starts,
+            }
             environment = {key: str(value) for key, value in own.items()}
             process = context.Process(target=run_rank, args=(environment, self.arguments, self.output))
             process.start()
             self.processes.append(process)
+        self.starts += 1
 
     def runs(self):
         return all(process.is_alive() for process in self.processes)

@@ -63,12 +63,12 @@ def test_a_process_that_outlives_the_holder_holds_nothing(tmp_path):
 def test_a_fresh_run_holds_its_folder_too(tiny, tmp_path, monkeypatch):
     from protomem_kernels.training import loop
 
-    def try_it(training, published, *rest):
-        with pytest.raises(RunError, match="in use"), locked(published.path.parent):
+    def try_it(run):
+        with pytest.raises(RunError, match="in use"), locked(run.folder):
             pass
         return {}
 
-    monkeypatch.setattr(loop, "_train_and_report", try_it)
+    monkeypatch.setattr(loop.Run, "to_its_end", try_it)
     assert train(tiny).exit_code == 0
 
 

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from protomem_kernels.distributed.ranks import Ranks
-from protomem_kernels.training import checkpoints, report, steps
+from protomem_kernels.distributed.ranks import ALONE, Ranks
+from protomem_kernels.training import checkpoints, loop, report, steps
+from protomem_kernels.training.config import TrainConfig
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.processes import share
 from tests.distributed.conftest import _pools, pool
@@ -258,3 +259,16 @@ def test_a_killed_process_ends_the_others_at_once_and_the_next_start_goes_on(tmp
     assert "continuing after step" in launch.said()
     assert [path.name for path in runs.iterdir() if path.is_dir()].count("killed-2") == 0
     assert launched.difference(runs / "killed", runs / "calm") is None, seed
+
+
+def test_what_torchrun_starts_anew_goes_on_and_what_it_starts_does_not(tmp_path, monkeypatch):
+    """The same --rdzv-id for two runs, and a restart of the second."""
+    config = TrainConfig(runs_dir=str(tmp_path), name="run")
+    for name, value in (("GROUP_WORLD_SIZE", "1"), ("TORCHELASTIC_RUN_ID", "job")):
+        monkeypatch.setenv(name, value)
+    folders = []
+    for restarts in (0, 0, 1, 2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        with loop.run_folder(config, None, ALONE) as folder:
+            folders.append(folder.name)
+    assert folders == ["run", "run-2", "run-2", "run-2"]
