@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,9 @@ from protomem_kernels.training.errors import RunError
 Done = TypeVar("Done")
 TOLD_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+# Seconds in which gloo's threads let go of the tensors of the last collective. They need Python for that, and where it
+# ends before, the process is aborted (PyTorch 2.13).
+LETTING_GO = 0.1
 # How gloo and NCCL say, by a RuntimeError, that another process is gone or does not answer.
 LOST = ("gloo", "nccl", "connection", "timed out", "waited in vain")
 
@@ -58,6 +62,7 @@ def joined(device: torch.device, seconds: int) -> Iterator[Ranks]:
             yield ranks_of(dist.group.WORLD)
         finally:
             dist.destroy_process_group()
+            time.sleep(LETTING_GO)
     else:
         yield ALONE
 
