@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "sampling": {"data"},  # earlier names of rooms of data, this and the next two
     "evaluation": {"data"},
     "datasets": {"data"},
-    "data": {"types", "_checks", "_warnings"},
+    "data": {"types", "_checks", "_files", "_warnings"},
     "compat": {"losses"},
     "losses": {"memory", "objective", "quality", "optimizers", "head"},
     "head": {"margins", "mining", "shards", "rows"},

@@ -1,9 +1,9 @@
 """Damage of known severity, so that an estimate of an image's quality can be held against the truth.
 
-:func:`blur`, :func:`downscale`, :func:`noise` and :func:`occlude` lower the quality of images by a known amount, and
-:func:`degrade` does one of them by name or by chance. Severity 0 returns the same values, 1 leaves next to nothing to
-recognise, and more severity is never less damage. The limits below set what severity 1 means; all are relative to the
-image, not to a resolution.
+:func:`blur`, :func:`downscale`, :func:`noise` and :func:`occlude` lower the quality of images by a known amount,
+:func:`degrade` does one of them by name or by chance, and :func:`degrade_share` damages a part of a data set. Severity
+0 returns the same values, 1 leaves next to nothing to recognise, and more severity is never less damage. The limits
+below set what severity 1 means; all are relative to the image, not to a resolution.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DEGRADATIONS", "blur", "degrade", "downscale", "noise", "occlude"]
+from protomem_kernels._checks import check_number
+
+__all__ = ["DEGRADATIONS", "blur", "degrade", "degrade_share", "downscale", "noise", "occlude"]
 
 BLUR_SIGMA = 0.08  # standard deviation of the blur, in image heights
 DOWNSCALE_FACTOR = 16.0  # how many times fewer rows and columns
 NOISE_SIGMA = 0.5  # standard deviation of the noise, where black is 0 and white is 1
 OCCLUDED_AREA = 0.75  # part of the image's area
+
+CHUNK = 4096  # images of a data set that are floats at a time
 
 
 def _checked_severity(images: Tensor, severity: float | Tensor) -> Tensor:
@@ -227,3 +231,55 @@ def degrade(images: Tensor, severity: float | Tensor, kind: str = "random", *, g
     if kind == "occlude":
         return occlude(images, severity, generator)
     raise ValueError(f'kind must be "random" or one of {", ".join(DEGRADATIONS)}, got {kind!r}')
+
+
+def degrade_share(
+    images: Tensor,
+    share: float,
+    *,
+    seed: int,
+    severity: tuple[float, float] = (0.3, 0.9),
+    kind: str = "random",
+) -> tuple[Tensor, Tensor]:
+    """Damage a share of a data set's 8-bit images, and keep the truth: the quality of each.
+
+    Args:
+        images: (N, C, H, W) uint8. They are copied.
+        share: of the images that are damaged, in [0, 1]; round(share * N) of them, chosen by chance.
+        seed: of the chance. Equal arguments give equal results; of two shares with one seed, the larger one damages
+            all images that the smaller does, as severely, and more.
+        severity: lowest and highest; each image's is drawn evenly from between them.
+        kind: one of :data:`DEGRADATIONS`, or "random": one of them for each image.
+
+    Returns:
+        Images like ``images``, and the quality of each, (N,) float32: 1 - severity where it is damaged, else 1.
+
+    Raises:
+        TypeError, ValueError: images that are no uint8 (N, C, H, W), numbers out of range, an unknown kind.
+
+    Example:
+        >>> images = torch.full((10, 1, 8, 8), 200, dtype=torch.uint8)
+        >>> damaged, quality = degrade_share(images, 0.5, seed=0, kind="noise")
+        >>> changed = (damaged != images).any(dim=(1, 2, 3))
+        >>> int(changed.sum()), bool((changed == (quality < 1)).all())
+        (5, True)
+
+    """
+    if images.dim() != 4 or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be a uint8 (N, C, H, W) tensor, got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    check_number("share", share, low=0, high=1)
+    low, high = severity
+    check_number("severity[0]", low, low=0, high=1)
+    check_number("severity[1]", high, low=low, high=1)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    amounts = low + (high - low) * torch.rand(len(images), generator=generator)
+    damaged, quality = images.clone(), torch.ones(len(images))
+    for chosen in order[: round(share * len(images))].split(CHUNK):
+        sharp = images[chosen].float() / 255
+        spoilt = degrade(sharp, amounts[chosen], kind, generator=generator)
+        damaged[chosen] = (spoilt * 255).round().to(torch.uint8)
+        quality[chosen] = 1 - amounts[chosen]
+    return damaged, quality

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from protomem_kernels.data.degradations import DEGRADATIONS, blur, degrade, downscale, noise, occlude
+from protomem_kernels.data import degradations
+from protomem_kernels.data.degradations import DEGRADATIONS, blur, degrade, degrade_share, downscale, noise, occlude
 from protomem_kernels.data.images import orl_faces
 
 
@@ -148,3 +149,50 @@ def test_no_images_are_no_problem():
 def test_bad_damage(images, severity, kind, message):
     with pytest.raises(ValueError, match=message):
         degrade(images, torch.tensor(severity), kind, generator=generator())
+
+
+class TestShare:
+    @pytest.fixture
+    def images(self, faces):
+        return (faces * 255).to(torch.uint8)
+
+    @pytest.mark.parametrize("chunk", [3, 4096])
+    def test_quality_tells_what_was_done_to_whom(self, images, chunk, monkeypatch):
+        monkeypatch.setattr(degradations, "CHUNK", chunk)
+        damaged, quality = degrade_share(images, 0.75, seed=4, severity=(0.4, 0.8), kind="blur")
+        low = quality < 1
+        assert (damaged.dtype, quality.dtype, int(low.sum())) == (torch.uint8, torch.float32, 6)
+        assert torch.equal((damaged != images).any(dim=(1, 2, 3)), low)
+        assert quality[low].min() >= 0.2
+        assert quality[low].max() <= 0.6
+        again = (blur(images / 255, (1 - quality).clamp(0, 1)) * 255).round()
+        assert (again - damaged).abs()[low].max() <= 1
+
+    def test_a_seed_decides(self, images):
+        one, two, other = (degrade_share(images, 0.5, seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+        assert not torch.equal(one[1], other[1])
+        _, more = degrade_share(images, 1.0, seed=1)
+        assert (more < 1).all()
+        assert torch.equal(more[one[1] < 1], one[1][one[1] < 1])
+
+    def test_none_of_them(self, images):
+        damaged, quality = degrade_share(images, 0, seed=0)
+        assert torch.equal(damaged, images)
+        assert damaged.data_ptr() != images.data_ptr()
+        assert (quality == 1).all()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"share": 1.5}, r"share must be in \[0, 1\], got 1.5"),
+            ({"severity": (0.5, 0.4)}, r"severity\[1\] must be in \[0.5, 1\], got 0.4"),
+            ({"severity": (-0.5, 0.4)}, r"severity\[0\] must be in \[0, 1\], got -0.5"),
+            ({"kind": "melt"}, "kind must be"),
+            ({"images": torch.rand(2, 1, 4, 4)}, r"images must be a uint8 \(N, C, H, W\) tensor, got torch.float32 of"),
+        ],
+    )
+    def test_bad_input(self, images, options, message):
+        with pytest.raises(ValueError, match=message):
+            degrade_share(**{"images": images, "share": 0.5, "seed": 0} | options)
