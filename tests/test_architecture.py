@@ -22,7 +22,8 @@ CSRC = ROOT / "csrc"
 # that come with later work have their place already.
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli", "gpu_check"},
-    "cli": {"training", "gpu_check"},
+    "cli": {"experiments", "gpu_check"},
+    "experiments": {"training"},
     "gpu_check": {""},  # no cli, training or data: it meets a machine that has torch and nothing else
     "training": {"compat", "data", ""},
     "": {"losses", "warm_up"},

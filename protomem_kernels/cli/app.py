@@ -8,6 +8,7 @@ import typer
 
 from protomem_kernels import __version__
 from protomem_kernels.cli.bench import AS_THEY_ARE, bench
+from protomem_kernels.cli.compare import compare_
 from protomem_kernels.cli.embed import embed
 from protomem_kernels.cli.env import env
 from protomem_kernels.cli.export import export
@@ -27,6 +28,7 @@ app.command(epilog="[bold]Example:[/] protomem train --data photos --margin magf
 app.command(epilog="[bold]Example:[/] protomem verify ann.jpg bob.jpg --run runs/mine --far 1e-2")(verify)
 app.command(epilog="[bold]Example:[/] protomem embed photos --run runs/mine --out photos.npy")(embed)
 app.command(epilog="[bold]Example:[/] protomem export --run runs/mine --format onnx")(export)
+app.command("compare", epilog="[bold]Example:[/] protomem compare refresh --jobs 2")(compare_)
 app.command(context_settings=AS_THEY_ARE)(bench)
 app.command(context_settings=AS_THEY_ARE)(gpu_check)
 

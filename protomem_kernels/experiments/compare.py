@@ -1,0 +1,127 @@
+"""``compare``: the trials of some tables that are still missing, and the pages of all that is there."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from protomem_kernels.experiments.plots import draw_ages, draw_table
+from protomem_kernels.experiments.report import markdown
+from protomem_kernels.experiments.results import Results, Row
+from protomem_kernels.experiments.table import Method, Table
+from protomem_kernels.experiments.work import run_all
+from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.files import sweep, written_whole
+
+
+class Plan(NamedTuple):
+    """What is still to be done for one table."""
+
+    table: Table
+    results: Results
+    missing: list[tuple[Method, int]]
+
+    @property
+    def steps(self) -> int:
+        """Training steps of all that is missing."""
+        return sum(method.trial.train.steps for method, _ in self.missing)
+
+
+class Observer:
+    """What a comparison tells of itself. Nothing is done with it here; override what is of interest."""
+
+    def begin(self, plans: Sequence[Plan]) -> None:
+        """Take note of what is to be done."""
+
+    def steps(self, table: Table, taken: int) -> None:
+        """Take note of how many training steps of a table were taken so far, in this call."""
+
+    def trial(self, table: Table, row: Row) -> None:
+        """Take note of a trial that ended."""
+
+    def written(self, table: Table, page: Path) -> None:
+        """Take note of a table that is whole."""
+
+
+def plan(tables: Sequence[Table], folder: Path, only: Sequence[str] = ()) -> list[Plan]:
+    """Return what is missing of each table in a folder; ``only`` names the methods that are wanted.
+
+    Raises:
+        RunError: the folder cannot be used, or no table has such a method.
+    """
+    unknown = sorted(set(only) - {name for table in tables for name in table.methods})
+    if unknown:
+        known = ", ".join(name for table in tables for name in table.methods)
+        raise RunError(f"there is no method {', '.join(map(repr, unknown))}; there are {known}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
+    plans = []
+    for table in tables:
+        results = Results(folder / f"{table.name}.csv", table)
+        missing = [trial for trial in results.missing() if not only or trial[0].name in only]
+        plans.append(Plan(table, results, missing))
+    return plans
+
+
+def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: Observer | None = None) -> list[Path]:
+    """Run what is missing of the tables, one after another, and write their pages; return these.
+
+    Every trial that ends is written at once, so that nothing but what runs is lost when this is ended.
+
+    Args:
+        plans: of the tables.
+        command: that does this, for the pages.
+        jobs: trials at a time.
+        watch: who is told.
+
+    Raises:
+        RunError, DatasetError: a trial cannot be run, or a file not be written.
+    """
+    watch = watch or Observer()
+    watch.begin(plans)
+    source, pages = commit(), []
+    for table, results, missing in plans:
+        trials = run_all(
+            [trial for trial in missing if not results.borrow(*trial)],
+            jobs=jobs,
+            ages=table.contents.ages,
+            told=lambda taken, table=table: watch.steps(table, taken),  # type: ignore[misc]
+        )
+        for method, seed, figures in trials:
+            row = Row(method.name, seed, method.trial.digest(), source, figures)
+            results.add(row)
+            watch.trial(table, row)
+        if results.rows:
+            pages.append(write_page(results, command))
+            watch.written(table, pages[-1])
+    return pages
+
+
+def write_page(results: Results, command: str) -> Path:
+    """Write the page of a table and its pictures beside its rows."""
+    table, rows, page = results.table, results.rows, results.path.with_suffix(".md")
+    pictures = [page.with_suffix(".png")]
+    draw_table(pictures[0], table, rows)
+    if table.contents.ages:
+        pictures.append(page.with_name(f"{table.name}_ages.png"))
+        draw_ages(pictures[1], table, rows)
+    with written_whole(page) as temporary:
+        temporary.write_text(markdown(table, rows, command, [picture.name for picture in pictures]), encoding="utf-8")
+    return page
+
+
+def commit() -> str:
+    """Return the commit of the sources, marked where they were changed since; "" where they are no checkout."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run(
+            [*here, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""

@@ -1,0 +1,122 @@
+"""The rows of a table as they come: a CSV file that grows by a line per trial, and is never half-written.
+
+A row is a trial's: its method, its seed, a digest of its settings, its figures. One whose settings are no longer those
+of the table counts for nothing and is made again, so that what stands in a file was all measured under its own name.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from protomem_kernels.experiments.ages import COSINE
+from protomem_kernels.experiments.table import Method, Table
+from protomem_kernels.training.errors import RunError
+from protomem_kernels.training.files import written_whole
+
+KEYS = ("method", "seed", "settings", "commit")
+
+
+class Row(NamedTuple):
+    """One trial that was run.
+
+    Attributes:
+        method, seed: which.
+        settings: the digest of what decides its figures.
+        commit: of the sources that ran it; "" where they are no checkout.
+        figures: by name.
+    """
+
+    method: str
+    seed: int
+    settings: str
+    commit: str
+    figures: Mapping[str, float]
+
+
+class Results:
+    """The rows of one table in a file.
+
+    Raises:
+        RunError: the file cannot be read or written, or is none of these.
+    """
+
+    def __init__(self, path: Path, table: Table) -> None:
+        self.path, self.table = path, table
+        found = read_rows(path) if path.exists() else []
+        wanted = {(method.name, seed): method.trial.digest() for method, seed in table.trials}
+        self.rows = [row for row in found if wanted.get((row.method, row.seed)) == row.settings]
+        self.dropped = len(found) - len(self.rows)
+
+    def missing(self) -> list[tuple[Method, int]]:
+        """Return the trials that are still to be run, in the table's order."""
+        done = {(row.method, row.seed) for row in self.rows}
+        return [(method, seed) for method, seed in self.table.trials if (method.name, seed) not in done]
+
+    def borrow(self, method: Method, seed: int) -> bool:
+        """Take the row of such a trial from another table of the folder, and say whether there is one."""
+        digest = method.trial.digest()
+        for path in sorted(self.path.parent.glob("*.csv")):
+            for row in read_rows(path) if path != self.path else []:
+                aged = any(name.startswith(COSINE) for name in row.figures)
+                if (row.settings, row.seed) == (digest, seed) and aged >= self.table.contents.ages:
+                    self.add(row._replace(method=method.name))
+                    return True
+        return False
+
+    def add(self, row: Row) -> None:
+        """Write one more row, with all others, in the table's order."""
+        place = {name: number for number, name in enumerate(self.table.methods)}
+        self.rows = sorted([*self.rows, row], key=lambda row: (row.seed, place[row.method]))
+        write_rows(self.path, self.rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file.
+
+    Raises:
+        RunError: it is no such file.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file)
+            if lines.fieldnames is None or tuple(lines.fieldnames[: len(KEYS)]) != KEYS:
+                raise RunError(f"{path} must begin with the columns {', '.join(KEYS)}, got {lines.fieldnames}")
+            return [
+                Row(
+                    line["method"],
+                    int(line["seed"]),
+                    line["settings"],
+                    line["commit"],
+                    {name: float(line[name]) for name in lines.fieldnames[len(KEYS) :] if line[name] != ""},
+                )
+                for line in lines
+            ]
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"{path} holds no results ({error}); move it away to begin anew") from error
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows whole; a figure has as many digits as say something."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*KEYS, *names])
+        for row in rows:
+            figures = [said(row.figures.get(name)) for name in names]
+            writer.writerow([row.method, row.seed, row.settings, row.commit, *figures])
+
+
+def said(value: float | None) -> str:
+    """Return a figure as it stands in a file.
+
+    >>> said(0.123456789), said(12.0), said(None)
+    ('0.123457', '12', '')
+    """
+    return "" if value is None or math.isnan(value) else f"{value:.6g}"
