@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from protomem_kernels.cli.errors import errors_in_one_line
 from protomem_kernels.experiments.compare import Observer, Plan, compare, plan
@@ -64,10 +64,11 @@ class Shown(Observer):
 
     def __init__(self, console: Console) -> None:
         self._console, self._before = console, 0
+        self._made: TaskID | None = None
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f} of {task.total:.0f} steps"),
+            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
@@ -90,6 +91,16 @@ class Shown(Observer):
             self._say(f"{table.name}: {table.title}; {len(results.rows)} trials are there, {len(missing)} to run")
         self._task = self._bar.add_task("compare", total=sum(plan.steps for plan in plans))
         self._left = {plan.table.name: plan.steps for plan in plans}
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Show a bar of its own."""
+        if self._made is None:
+            self._made = self._bar.add_task(f"drawing {what}", total=total)
+        self._bar.update(self._made, completed=done, visible=done < total)
+
+    def note(self, line: str) -> None:
+        """Say it."""
+        self._say(line)
 
     def steps(self, table: Table, taken: int) -> None:
         """Move the bar."""

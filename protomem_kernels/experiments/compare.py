@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from protomem_kernels.experiments.images import prepare
 from protomem_kernels.experiments.plots import draw_ages, draw_table
 from protomem_kernels.experiments.report import markdown
 from protomem_kernels.experiments.results import Results, Row
@@ -34,6 +35,12 @@ class Observer:
 
     def begin(self, plans: Sequence[Plan]) -> None:
         """Take note of what is to be done."""
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Take note of how far the making of a data set is."""
+
+    def note(self, line: str) -> None:
+        """Take note of something about the data that a person should know: a line."""
 
     def steps(self, table: Table, taken: int) -> None:
         """Take note of how many training steps of a table were taken so far, in this call."""
@@ -86,6 +93,10 @@ def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: Observ
     watch.begin(plans)
     source, pages = commit(), []
     for table, results, missing in plans:
+        for method, _ in missing[:1]:  # all of a table see one data set
+            what = method.trial.data
+            for line in prepare(method.trial, lambda done, total, what=what: watch.preparing(what, done, total)):  # type: ignore[misc]
+                watch.note(line)
         trials = run_all(
             [trial for trial in missing if not results.borrow(*trial)],
             jobs=jobs,

@@ -5,6 +5,7 @@ No identity is in two of the three sets, and all trials of a data set and of one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from protomem_kernels.experiments.trial import Trial
 from protomem_kernels.training.errors import RunError
 
 SPLIT, DAMAGE = 0, 1  # seeds
+HANGUL = "hangul"
 
 
 class Images(NamedTuple):
@@ -44,6 +46,29 @@ class Sets(NamedTuple):
     train: Images
     validation: Images
     test: Images
+
+
+def prepare(trial: Trial, progress: Callable[[int, int], object]) -> list[str]:
+    """Make what the trials of a data set read, unless it is there; return what there is to say of it, a line each.
+
+    Args:
+        trial: any of them.
+        progress: is called with how much is done and how much there is, if anything is made.
+
+    Raises:
+        DatasetError: it cannot be made.
+    """
+    if trial.data != HANGUL:
+        return []
+    made = False
+
+    def noted(done: int, total: int) -> None:
+        nonlocal made
+        made = True
+        progress(done, total)
+
+    glyphs = glyph_images(trial.fonts or None, size=trial.image_size[0], progress=noted)
+    return [*glyphs.notes, *(map(str, glyphs.tally) if made else [])]
 
 
 def read_sets(trial: Trial) -> Sets:
@@ -77,8 +102,8 @@ def read_sets(trial: Trial) -> Sets:
 
 
 def _read(trial: Trial) -> Images:
-    if trial.data == "hangul":
-        glyphs = glyph_images(size=trial.image_size[0])
+    if trial.data == HANGUL:
+        glyphs = glyph_images(trial.fonts or None, size=trial.image_size[0])
         return Images(glyphs.images, glyphs.labels, torch.ones(len(glyphs)))
     dataset = orl_faces() if trial.data == "orl" else labelled_images(trial.data)
     dataset.image_size = trial.image_size

@@ -105,11 +105,11 @@ def _measured_on(trial: Trial, rows: Sequence[Row]) -> list[str]:
 
 
 def _differs(table: Table, key: str) -> bool:
-    return len({repr(method.trial.settings()[key]) for method in table.methods.values()}) > 1
+    return len({repr(method.trial.settings().get(key)) for method in table.methods.values()}) > 1
 
 
 def _by_method(table: Table, key: str) -> str:
-    return ", ".join(dict.fromkeys(_setting(method.trial.settings()[key]) for method in table.methods.values()))
+    return ", ".join(dict.fromkeys(_setting(method.trial.settings().get(key)) for method in table.methods.values()))
 
 
 def _setting(value: object) -> str:

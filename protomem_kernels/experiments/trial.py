@@ -35,6 +35,7 @@ class Trial(BaseModel):
     data: str = Field(
         "orl", description="orl, hangul, what protomem train takes as --data, or simulated: noise, for costs"
     )
+    fonts: str = Field("", description="folder of hangul's fonts; of five Debian packages where nobody says")
     image_size: tuple[int, int] = Field((32, 32), description="height and width that the encoder sees")
     identities: int = Field(0, ge=0, description="identities that train; 0: all but those below")
     validation_identities: int = Field(1, ge=1, description="identities on which options are chosen")
@@ -59,9 +60,10 @@ class Trial(BaseModel):
         return max(round(self.share * self.identities), min(self.train.identities_per_batch, self.identities))
 
     def settings(self) -> dict[str, Any]:
-        """Return all that decides the figures, by plain names and values."""
+        """Return all that decides the figures, by plain names and values; what is empty is left out."""
         values = self.model_dump(mode="json", exclude={"train"})
-        return values | {key: value for key, value in self.train.as_dict().items() if key in LEARNING}
+        values |= {key: value for key, value in self.train.as_dict().items() if key in LEARNING}
+        return {key: value for key, value in values.items() if value != ""}
 
     def digest(self) -> str:
         """Return eight digits that change with any of the settings.

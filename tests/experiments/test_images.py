@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from protomem_kernels.experiments.images import Images, at_most, damaged, read_sets
+from protomem_kernels.data import glyphs
+from protomem_kernels.experiments.images import Images, at_most, damaged, prepare, read_sets
 from protomem_kernels.training.errors import RunError
+from tests.data.fonts import make_font
 
 
 def test_no_identity_is_in_two_sets(sets):
@@ -56,6 +58,26 @@ def test_half_of_the_images_are_damaged_as_much_as_their_quality_says(sets):
 def test_damage_is_the_same_every_time_and_none_is_none(sets):
     assert torch.equal(damaged(sets.train, 0.5).pixels, damaged(sets.train, 0.5).pixels)
     assert damaged(sets.train, 0.0) is sets.train
+
+
+def test_glyphs_are_drawn_once_and_told_of(trial, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTOMEM_CACHE_DIR", str(tmp_path))
+    for number in range(3):
+        make_font(tmp_path / "fonts" / f"{number}.ttf", range(12), square=60 + 40 * number)
+    monkeypatch.setattr(glyphs, "SYLLABLES", 12)
+    own = trial(data="hangul", fonts=str(tmp_path / "fonts"), identities=4, validation_identities=3, test_identities=5)
+    drawn = []
+    lines = prepare(own, lambda done, total: drawn.append((done, total)))
+    assert drawn == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert lines == [f"{number}.ttf: 12 kept" for number in range(3)]
+    assert prepare(own, lambda *_: pytest.fail("drawn again")) == []
+    sets = read_sets(own)
+    assert [len(images.labels) for images in sets] == [12, 9, 15]
+    assert sets.train.pixels.shape[1:] == (1, 16, 16)
+
+
+def test_faces_need_no_preparation(trial):
+    assert prepare(trial(), lambda *_: pytest.fail("nothing is made")) == []
 
 
 def test_more_identities_than_there_are_is_told(trial):

@@ -11,6 +11,7 @@ from protomem_kernels.training.errors import RunError
 
 OTHER = {
     "data": "simulated",
+    "fonts": "mine",
     "image_size": (40, 40),
     "head": "full",
     "weights": "true",
@@ -28,7 +29,7 @@ OTHER = {
 @pytest.mark.parametrize("key", [*OWN, *LEARNING])
 def test_every_setting_changes_the_digest(key):
     plain = trial_from({}, "here")
-    value = plain.settings()[key]
+    value = plain.settings().get(key)
     other = OTHER.get(key, 0.25 if isinstance(value, float) and value != 0.25 else 7)
     assert trial_from({key: other}, "here").digest() != plain.digest()
 
@@ -41,7 +42,7 @@ def test_what_says_where_a_run_goes_is_no_setting():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"shares": 0.1}, "here: unknown key shares; known are data, image_size"),
+        ({"shares": 0.1}, "here: unknown key shares; known are data, fonts"),
         ({"share": 0.0}, "here: share: Input should be greater than 0, got 0.0"),
         ({"head": "half"}, "here: head: Input should be 'memory', 'full' or 'sampled', got 'half'"),
         ({"margin": "arc"}, "here: margin must be one of none, "),
