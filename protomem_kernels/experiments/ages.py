@@ -12,10 +12,10 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from protomem_kernels.experiments.heads import Head
 from protomem_kernels.experiments.images import Images
+from protomem_kernels.experiments.learning import Learner
 from protomem_kernels.training.augmentation import standardise
 
 LOOKS = (0.25, 0.5, 0.75)  # parts of the training after which is looked; at its end nothing moves any more
@@ -32,25 +32,25 @@ class Ages:
         self._last = torch.full((int(labels.max()) + 1,), -1)
         self._when = {round(part * steps) for part in LOOKS}
 
-    def look(self, step: int, labels: Tensor, encoder: nn.Module, head: Head) -> None:
-        """Take note of who was in the batch of a step, and look if it is time."""
+    def look(self, learner: Learner, labels: Tensor) -> None:
+        """Take note of who was in the batch of the step that was just taken, and look if it is time."""
+        step = learner.steps - 1
         self._last[labels] = step
         if step in self._when:
-            self._look(step, encoder, head)
+            self._look(step, learner)
 
     @torch.no_grad()
-    def _look(self, step: int, encoder: nn.Module, head: Head) -> None:
+    def _look(self, step: int, learner: Learner) -> None:
         met = (self._last >= 0).nonzero().flatten()
-        stored, there = head.prototypes(met)
+        stored, there = learner.head.prototypes(met)
         met, stored = met[there], stored[there]
         some = torch.randperm(len(met), generator=torch.Generator().manual_seed(step))[:IDENTITIES]
-        encoder.eval()
+        learner.encoder.eval()
         for label, prototype in zip(met[some].tolist(), stored[some], strict=True):
             mine = (self.labels == label).nonzero().flatten()[:IMAGES]
-            made = F.normalize(encoder(standardise(self.images.floats(mine)))).mean(0)
+            made = F.normalize(learner.encoder(standardise(self.images.floats(mine)))).mean(0)
             age = step - int(self._last[label])
             self._found[_rounded(age)].append(float(F.cosine_similarity(prototype, made, dim=0)))
-        encoder.train()
 
     def figures(self) -> dict[str, float]:
         """Return the mean cosine by age; ages are rounded down to powers of two."""

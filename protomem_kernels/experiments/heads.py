@@ -19,9 +19,7 @@ from protomem_kernels.margins import Margin
 from protomem_kernels.training import parts
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.heads import build_loss
-from protomem_kernels.training.steps import parameter_groups
-
-BETAS = (0.9, 0.99)
+from protomem_kernels.training.steps import BETAS, parameter_groups
 
 
 class Head:

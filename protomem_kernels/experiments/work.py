@@ -18,6 +18,7 @@ from protomem_kernels.experiments.table import Method
 from protomem_kernels.training.errors import RunError
 
 LOOK = 0.2  # seconds between looks at how far they are
+IMPORTED = ["protomem_kernels.experiments.running", "protomem_kernels.data.evaluation"]
 
 
 def run_all(
@@ -41,15 +42,15 @@ def run_all(
     Raises:
         RunError, DatasetError: a trial cannot be run; those beside it are ended.
     """
-    spawn = multiprocessing.get_context("spawn")
-    taken = spawn.Value("q", 0)
+    context = _context()
+    taken = context.Value("q", 0)
     coming = iter(trials)
     running: dict[Any, tuple[Method, int, Any]] = {}
     try:
         while True:
             for method, seed in _first(coming, jobs - len(running)):
-                ours, theirs = spawn.Pipe(duplex=False)
-                process = spawn.Process(target=_work, args=(theirs, taken, method.trial, seed, ages), daemon=True)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(theirs, taken, method.trial, seed, ages), daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = (method, seed, process)
@@ -63,6 +64,15 @@ def run_all(
         for _, _, process in running.values():
             process.terminate()
             process.join()
+
+
+def _context() -> Any:
+    """Return how processes begin: of a server that has imported what all of them need, where there is one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 def _first(coming: Iterator[tuple[Method, int]], count: int) -> list[tuple[Method, int]]:

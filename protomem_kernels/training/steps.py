@@ -31,6 +31,9 @@ from protomem_kernels.training.precision import Precision
 from protomem_kernels.training.processes import is_lost
 from protomem_kernels.training.unrecognizable import show_unrecognizable
 
+BETAS = (0.9, 0.99)  # of AdamW
+LONGEST_GRADIENT = 5.0  # norm of the encoder's, which is clipped to it
+
 
 class Step(NamedTuple):
     """What one step has to say."""
@@ -98,7 +101,7 @@ class Training:
         decay = get_ema_multi_avg_fn(config.averaging)
         self.average = AveragedModel(self.encoder, multi_avg_fn=decay, use_buffers=True).eval()
         groups = parameter_groups(self.encoder, self.loss, config)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
         self.schedule = self._schedule()
         if config.prototype_gradient == "memory":
             self.loss.attach_optimizer(self.optimizer)
@@ -147,7 +150,7 @@ class Training:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), 5.0)
+        norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), LONGEST_GRADIENT)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with warnings.catch_warnings():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from protomem_kernels.experiments import running
+from protomem_kernels.experiments import learning
 from protomem_kernels.experiments.ages import COSINE
 from protomem_kernels.experiments.running import run
 from protomem_kernels.training.errors import RunError
@@ -91,7 +91,7 @@ def test_a_loss_that_is_no_number_ends_the_trial(trial, sets, monkeypatch):
     def embeddings_of(args):
         return args[0].sum()
 
-    build = running.build_head
-    monkeypatch.setattr(running, "build_head", broken)
+    build = learning.build_head
+    monkeypatch.setattr(learning, "build_head", broken)
     with pytest.raises(RunError, match="the loss is nan in step 1"):
         run(trial(), 0, sets=sets)
