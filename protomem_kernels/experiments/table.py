@@ -15,8 +15,9 @@
     [methods."replaced"]
     refresh_ratio = 1.0
 
-What tables share stands in a file of its own, their ``base``: one of the package's, or a path. ``x`` and ``line`` of a
-method place it in a plot of lines; a table without them has a dot per method.
+What tables share stands in a file of its own, their ``base``: one of the package's, or a path. Options that suit one
+head (``memory``, ``full``, ``sampled``) stand in ``[heads.NAME]``; what the same file says of all comes before them.
+``x`` and ``line`` of a method place it in a plot of lines; a table without them has a dot per method.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ from protomem_kernels.experiments.trial import Trial, trial_from, what_is_wrong
 from protomem_kernels.training.config import read_toml
 from protomem_kernels.training.errors import RunError
 
+DEFAULT_HEAD = Trial.model_fields["head"].default
 MAIN = "tar_at_far_1e-3"  # the figure of a plot, unless a table says otherwise
 
 
 class Contents(BaseModel):
-    """What a file says. ``shared`` and ``quick`` hold keys of trials, and ``methods`` those and two more."""
+    """What a file says.
+
+    ``shared`` and ``quick`` hold keys of trials, ``heads`` those by the name of a head, and ``methods`` those and two
+    more by the name of a method.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -50,6 +56,7 @@ class Contents(BaseModel):
     x_log: bool = False
     ages: bool = False
     shared: dict[str, Any] = {}
+    heads: dict[str, dict[str, Any]] = {}
     quick: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
 
@@ -141,13 +148,14 @@ def table_from(values: Mapping[str, Any], name: str, *, quick: bool = False) -> 
     if not contents.methods or len(set(contents.seeds)) < len(contents.seeds):
         raise RunError(f"{name}: methods must hold at least one, and seeds each but once, got {contents.seeds}")
     base = _checked(Contents, read_toml(_path(contents.base, "bases")), contents.base) if contents.base else Contents()
-    shared = base.shared | contents.shared
     small = base.quick | contents.quick if quick else {}
     methods = {}
     for key, own in contents.methods.items():
         where = f"{name}, {key}"
         place = _checked(Place, {word: value for word, value in own.items() if word in Place.model_fields}, where)
         differs = {word: value for word, value in own.items() if word not in Place.model_fields}
+        head = (base.shared | contents.shared | differs).get("head", DEFAULT_HEAD)
+        shared = base.shared | base.heads.get(head, {}) | contents.shared | contents.heads.get(head, {})
         methods[key] = Method(key, trial_from(shared | differs | small, where), place)
     return Table(name, contents, contents.seeds[:1] if quick else contents.seeds, methods)
 
