@@ -17,10 +17,9 @@ from tests.ops.test_margin_softmax_loss import inputs
 def model(cosines: Tensor, targets: Tensor, occupied: Tensor | None, k: int) -> tuple[list, list]:
     """Sort every row of (B, M) cosines by (-cosine, slot) with Python's own sort."""
     values, slots = [], []
+    free = set() if occupied is None else {j for j, taken in enumerate(occupied.tolist()) if not taken}
     for row, target in zip(cosines.tolist(), targets.tolist(), strict=True):
-        ranked = sorted((-c, j) for j, c in enumerate(row) if j != target and (occupied is None or bool(occupied[j])))[
-            :k
-        ]
+        ranked = sorted((-c, j) for j, c in enumerate(row) if j != target and j not in free)[:k]
         missing = k - len(ranked)
         values.append([-c for c, _ in ranked] + [-math.inf] * missing)
         slots.append([j for _, j in ranked] + [-1] * missing)
