@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from protomem_kernels.cli.errors import errors_in_one_line
-from protomem_kernels.experiments.compare import Observer, Plan, compare, plan
+from protomem_kernels.experiments.compare import Observer, Plan, compare, own_folder, plan
 from protomem_kernels.experiments.results import Row
 from protomem_kernels.experiments.table import Table, read_table, shipped
 from protomem_kernels.training.stopping import RunStopped, StopSignals
@@ -26,7 +26,7 @@ def compare_(
     tables: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Tables of the package, or paths of your own (.toml). Default: all of the package.",
+            help=f"Tables of the package, or paths of one's own (.toml). Default: {', '.join(shipped())}.",
             autocompletion=_completed,
             show_default=False,
         ),
@@ -42,19 +42,19 @@ def compare_(
     A trial that was run is never run again: the same command goes on where it was stopped.
     """
     chosen = [read_table(name, quick=quick) for name in tables or shipped()]
-    plans = plan(chosen, out, only or [])
     console = Console()
     if list_:
-        for table, results, missing in plans:
-            console.print(f"{table.name}: {table.title}; {len(results.rows)} trials are there, {len(missing)} missing")
+        for table, results, missing in plan(chosen, out, only or []):
+            line = f"{table.name}: {table.title}; {len(results.rows)} trials are there, {len(missing)} missing"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     words = ["protomem", "compare", *(tables or []), "--out", str(out)]
     words += ["--quick"] * quick
     command = shlex.join(words)
     shown = Shown(console)
     try:
-        with StopSignals(), shown:
-            compare(plans, command=command, jobs=jobs, watch=shown)
+        with StopSignals(), own_folder(out), shown:
+            compare(plan(chosen, out, only or []), command=command, jobs=jobs, watch=shown)
     except RunStopped as stopped:
         raise RunStopped(stopped.signal, f"stopped by {stopped.signal.name}; go on with: {command}") from None
 

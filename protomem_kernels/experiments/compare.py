@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from protomem_kernels.experiments.table import Method, Table
 from protomem_kernels.experiments.work import run_all
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.files import sweep, written_whole
+from protomem_kernels.training.locks import locked
 
 
 class Plan(NamedTuple):
@@ -52,21 +54,32 @@ class Observer:
         """Take note of a table that is whole."""
 
 
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of the results, and let no other comparison write into it within the block.
+
+    Raises:
+        RunError: it cannot be written, or is in use.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
+    with locked(folder, "name another folder with --out"):
+        sweep(folder)
+        yield
+
+
 def plan(tables: Sequence[Table], folder: Path, only: Sequence[str] = ()) -> list[Plan]:
     """Return what is missing of each table in a folder; ``only`` names the methods that are wanted.
 
     Raises:
-        RunError: the folder cannot be used, or no table has such a method.
+        RunError: a file there is none of results, or no table has such a method.
     """
     unknown = sorted(set(only) - {name for table in tables for name in table.methods})
     if unknown:
-        known = ", ".join(name for table in tables for name in table.methods)
+        known = ", ".join(repr(name) for table in tables for name in table.methods)
         raise RunError(f"there is no method {', '.join(map(repr, unknown))}; there are {known}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
     plans = []
     for table in tables:
         results = Results(folder / f"{table.name}.csv", table)

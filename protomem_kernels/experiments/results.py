@@ -2,11 +2,13 @@
 
 A row is a trial's: its method, its seed, a digest of its settings, its figures. One whose settings are no longer those
 of the table counts for nothing and is made again, so that what stands in a file was all measured under its own name.
+The file with it is kept under another name, from which a table of such settings takes its rows again.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -68,7 +70,14 @@ class Results:
         return False
 
     def add(self, row: Row) -> None:
-        """Write one more row, with all others, in the table's order."""
+        """Write one more row, with all others, in the table's order.
+
+        A file with rows that are no longer of the table is kept beside it first, under a name of its own.
+        """
+        if self.dropped:
+            numbers = (self.path.with_name(f"{self.path.stem}.before-{number}.csv") for number in itertools.count(1))
+            self.path.rename(next(path for path in numbers if not path.exists()))
+            self.dropped = 0
         place = {name: number for number, name in enumerate(self.table.methods)}
         self.rows = sorted([*self.rows, row], key=lambda row: (row.seed, place[row.method]))
         write_rows(self.path, self.rows)

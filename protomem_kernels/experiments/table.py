@@ -34,6 +34,7 @@ from protomem_kernels.training.config import read_toml
 from protomem_kernels.training.errors import RunError
 
 DEFAULT_HEAD = Trial.model_fields["head"].default
+QUICK = "-quick"  # ends the name of a table in small, whose files are its own
 MAIN = "tar_at_far_1e-3"  # the figure of a plot, unless a table says otherwise
 
 
@@ -126,7 +127,7 @@ def read_table(name: str, *, quick: bool = False) -> Table:
         RunError: there is no such table, or it is not one.
     """
     path = _path(name, "tables")
-    return table_from(read_toml(path), path.stem, quick=quick)
+    return table_from(read_toml(path), f"{path.stem}{QUICK if quick else ''}", quick=quick)
 
 
 def _path(name: str, folder: str) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from protomem_kernels.training.errors import RunError
 
 LOCK = ".lock"
+OWN = "start a run of its own without --resume"
 _held: set[int] = set()
 
 if sys.platform == "win32":
@@ -45,10 +46,14 @@ else:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder within the block.
+def locked(folder: Path, instead: str = OWN) -> Iterator[None]:
+    """Hold the lock of a folder within the block.
 
     Where the file system knows no locks, a warning says so and the block runs without.
+
+    Args:
+        folder: of a run, or of whatever else is written by one process at a time.
+        instead: what whoever finds it in use can do.
 
     Raises:
         RunError: another process, or another run of this one, holds it; or the folder cannot be written.
@@ -60,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
     process = os.getpid()
     try:
-        _hold(number, folder)
+        _hold(number, folder, instead)
         yield
     finally:
         if os.getpid() == process:  # a forked child has closed it
@@ -68,15 +73,12 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(number)
 
 
-def _hold(number: int, folder: Path) -> None:
+def _hold(number: int, folder: Path, instead: str) -> None:
     try:
         _take(number)
     except BlockingIOError as error:
         holder = (folder / LOCK).read_text(encoding="utf-8").strip() or "another process"
-        raise RunError(
-            f"{folder} is in use by {holder}; wait until it is done or stop it, or start a run of its own without "
-            "--resume"
-        ) from error
+        raise RunError(f"{folder} is in use by {holder}; wait until it is done or stop it, or {instead}") from error
     except OSError as error:
         warnings.warn(
             f"{folder} cannot be locked ({error.strerror or error}): see that no second run writes into it",

@@ -11,10 +11,10 @@ import pytest
 import tomli_w
 
 from protomem_kernels.data.images import DatasetError
-from protomem_kernels.experiments.compare import compare, plan
+from protomem_kernels.experiments.compare import compare, own_folder, plan
 from protomem_kernels.experiments.report import figure, markdown
 from protomem_kernels.experiments.results import Results, Row, read_rows, write_rows
-from protomem_kernels.experiments.table import table_from
+from protomem_kernels.experiments.table import read_table, table_from
 from protomem_kernels.experiments.work import run_all
 from protomem_kernels.training.errors import RunError
 from tests.experiments.conftest import SMALL
@@ -61,6 +61,11 @@ def test_what_was_run_is_not_missing_and_what_has_changed_is(tmp_path):
     other = Results(path, table(methods={"memory": {"share": 0.25}, "full": {"head": "full"}}))
     assert [(method.name, seed) for method, seed in other.missing()] == [("memory", 0), ("full", 0), ("memory", 1)]
     assert other.dropped == 1
+    other.add(row("full", 0))
+    assert [(found.method, found.seed) for found in read_rows(path)] == [("full", 0), ("full", 1)]
+    assert len(read_rows(tmp_path / "heads.before-1.csv")) == 2, "nothing is lost"
+    back = Results(path, table())
+    assert back.borrow(back.table.methods["memory"], 0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_the_page_tells_figures_settings_and_the_command():
 
 
 def test_an_unknown_method_names_the_known_ones(tmp_path):
-    with pytest.raises(RunError, match="there is no method 'half'; there are memory, full"):
+    with pytest.raises(RunError, match="there is no method 'half'; there are 'memory', 'full'"):
         plan([table()], tmp_path, ["half"])
 
 
@@ -124,6 +129,21 @@ def test_a_comparison_runs_what_is_missing_and_writes_its_page(tmp_path):
     assert rows[0] == before[0], "nothing is run twice"
     assert {path.name for path in tmp_path.iterdir()} == {"heads.csv", "heads.md", "heads.png", "heads_ages.png"}
     assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+
+
+def test_one_comparison_at_a_time_writes_into_a_folder(tmp_path):
+    told = f"{tmp_path / 'new'} is in use by .*; wait until it is done or stop it, or name another folder with --out"
+    with own_folder(tmp_path / "new"), pytest.raises(RunError, match=told), own_folder(tmp_path / "new"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write to"), own_folder(tmp_path / "file"):
+        pass
+
+
+def test_a_table_in_small_has_files_of_its_own(tmp_path):
+    path = tmp_path / "heads.toml"
+    path.write_text(tomli_w.dumps(TABLE))
+    assert (read_table(str(path)).name, read_table(str(path), quick=True).name) == ("heads", "heads-quick")
 
 
 def test_what_keeps_a_trial_from_running_is_told_with_its_name(tmp_path):
