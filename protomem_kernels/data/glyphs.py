@@ -30,7 +30,7 @@ from protomem_kernels.data.image_store import Writer, kept_images
 
 __all__ = ["FontTally", "GlyphSet", "glyph_images"]
 
-DRAWING = 1  # raised with every change of what is drawn or left out
+DRAWING = 2  # raised with every change of what is drawn or left out
 LEAST_KEPT = 0.5  # of its syllables, that a font has to show
 SAME_FONT = 0.95  # mean cosine of two fonts' images of the same syllable; weights of one family reach 0.94
 COMPARED = 256  # syllables that say whether two fonts are the same

@@ -64,20 +64,22 @@ def _face(font: Path, pixels: float) -> ImageFont.FreeTypeFont:
 
 def _picture(face: ImageFont.FreeTypeFont, character: str, x: float, y: float, size: int) -> bytes:
     image = Image.new("L", (size, size))
-    ImageDraw.Draw(image).text((x, y), character, fill=255, font=face)
+    # By the baseline: the height above it, which would say where it is, comes rounded to whole pixels.
+    ImageDraw.Draw(image).text((x, y), character, fill=255, font=face, anchor="ls")
     return image.tobytes()
 
 
 def _fitted(font: Path, sample: list[str], size: int) -> tuple[float, float, float]:
-    """Return the size in pixels at which a sample's ink fills an image, and where the text then begins: x and y."""
+    """Return the size in pixels at which a sample's ink fills an image, and where its baseline then begins: x and y."""
     face, wide = _face(font, MEASURED_PIXELS), 3 * MEASURED_PIXELS
     ink = np.zeros((wide, wide), np.uint8)
     for character in sample:
-        picture = _picture(face, character, MEASURED_PIXELS, MEASURED_PIXELS, wide)
+        picture = _picture(face, character, MEASURED_PIXELS, 2 * MEASURED_PIXELS, wide)
         np.maximum(ink, np.frombuffer(picture, np.uint8).reshape(wide, wide), out=ink)
     box = Image.fromarray(ink).getbbox()
     if box is None:  # a font without any: every size does
         return float(size), 0.0, 0.0
-    left, top, right, bottom = (edge - MEASURED_PIXELS for edge in box)
+    left, right = (edge - MEASURED_PIXELS for edge in box[::2])
+    top, bottom = (edge - 2 * MEASURED_PIXELS for edge in box[1::2])
     scale = (size - 2 * MARGIN) / max(right - left, bottom - top)
     return MEASURED_PIXELS * scale, size / 2 - scale * (left + right) / 2, size / 2 - scale * (top + bottom) / 2

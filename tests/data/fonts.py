@@ -20,6 +20,7 @@ def make_font(
     syllables: Sequence[int],
     *,
     square: int = 120,
+    ascent: int = EM,
     missing: Collection[int] = (),
     blank: Collection[int] = (),
     like_the_first: Collection[int] = (),
@@ -30,6 +31,7 @@ def make_font(
         path: the file; its folder is made.
         syllables: places after U+AC00 that its character map names, but for those of ``missing``.
         square: width of a square, of at most 150 thousandths of the font's size.
+        ascent: how high it says that it rises above its baseline; nothing is drawn otherwise.
         missing: syllables that it does not name, so that the sign for a missing glyph is drawn.
         blank: syllables that it names without drawing any.
         like_the_first: syllables that it draws as it does the first one.
@@ -47,7 +49,7 @@ def make_font(
     for glyph in glyphs.values():
         glyph.recalcBounds(None)
     builder.setupHorizontalMetrics({name: (EM, glyph.xMin) for name, glyph in glyphs.items()})
-    builder.setupHorizontalHeader(ascent=EM, descent=0)
+    builder.setupHorizontalHeader(ascent=ascent, descent=0)
     builder.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
     builder.setupOS2()
     builder.setupPost()

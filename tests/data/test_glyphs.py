@@ -9,6 +9,7 @@ import torch
 from protomem_kernels.data import hangul_fonts
 from protomem_kernels.data.errors import DatasetError
 from protomem_kernels.data.glyphs import _chosen, glyph_images
+from protomem_kernels.data.hangul_drawing import draw
 from tests.data.fonts import make_font
 
 CHOSEN = _chosen(40).tolist()
@@ -77,6 +78,12 @@ def test_a_picture_is_the_font_s_squares(glyphs):
         places = (1 + scale * (np.arange(6) * 150 + 60)).astype(int)
         found = glyphs.images[index, 0].numpy()[np.ix_(31 - places, places)] > 127
         assert (found == squares).all()
+
+
+def test_where_a_glyph_stands_follows_from_its_ink_alone(tmp_path):
+    fonts = [make_font(tmp_path / f"{ascent}.ttf", CHOSEN, ascent=ascent) for ascent in (1000, 985, 930, 1400)]
+    images = [draw(font, _chosen(40), 32).images for font in fonts]
+    assert all((images[0] == other).all() for other in images[1:])
 
 
 def test_the_file_is_mapped_the_second_time_and_written_to_by_nobody(fonts, cache, glyphs):
