@@ -22,7 +22,7 @@ def fonts(tmp_path_factory) -> Path:
     make_font(folder / "deep" / "b.TTF", CHOSEN, square=60)
     make_font(folder / "c.ttf", CHOSEN, square=90, missing=CHOSEN[3:6], blank=CHOSEN[7:9], like_the_first=CHOSEN[10:14])
     make_font(folder / "d.ttf", CHOSEN, square=70, missing=CHOSEN[19:])
-    make_font(folder / "e.ttf", CHOSEN, square=121)
+    make_font(folder / "e.ttf", CHOSEN, ascent=930)
     (folder / "f.ttf").write_bytes((folder / "a.ttf").read_bytes())
     (folder / "g.ttf").write_bytes(b"no font")
     (folder / "readme.txt").write_text("no font either")
