@@ -123,6 +123,8 @@ def kept_images(
             writer = Writer(file, image)
             writer.end(made_of, make(writer))
         return _read(path, made_of), lines
+    except BrokenPipeError:  # of whoever is told how far it is; no file raises it
+        raise
     except (OSError, StoreError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DatasetError(f"{path}: expected to write images there, got: {reason}") from error

@@ -130,6 +130,15 @@ def test_what_a_maker_raises_is_raised_and_leaves_the_old_file(path):
     assert len(list(path.parent.iterdir())) == 1
 
 
+def test_a_reader_of_the_progress_that_is_gone_is_no_fault_of_the_file(tmp_path):
+    def make(writer):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        kept_images(tmp_path / "noise", {}, (3, 4, 5), make)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_what_was_abandoned_is_removed(path):
     fresh, old = (path.with_name(f".writing-{number}-{path.name}") for number in (1, 2))
     for file in (fresh, old):
