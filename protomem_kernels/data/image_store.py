@@ -96,7 +96,8 @@ def kept_images(
 ) -> tuple[Stored, list[str]]:
     """Return the images of ``path``, which are made first if the file is not there, damaged or made of something else.
 
-    Whoever else reads ``path``, at whatever moment, finds a whole file or none; what a killed process left is removed.
+    Whoever else reads ``path``, at whatever moment, finds a whole file or none. What a killed process left half-written
+    is removed when the images are made again, an hour later or more.
 
     Args:
         path: the file; its folder is made.
@@ -112,8 +113,9 @@ def kept_images(
     """
     made_of, lines = json.loads(json.dumps(made_of)), []
     try:
-        if path.exists():
-            return _read(path, made_of), []
+        return _read(path, made_of), []
+    except FileNotFoundError:
+        pass
     except StoreError as error:
         lines.append(f"{path}: expected images that were kept, got {error}; they are made again")
     try:
@@ -131,7 +133,7 @@ def kept_images(
 
 
 def _read(path: Path, made_of: Any) -> Stored:
-    """Return what a file holds, or raise StoreError."""
+    """Return what a file holds, or raise StoreError; FileNotFoundError where there is none."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -139,6 +141,8 @@ def _read(path: Path, made_of: Any) -> Stored:
                 raise StoreError(CUT)
             # Private: a tensor may be written to, the file is not.
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise StoreError(error.strerror or error) from error
     if bytes(data[-len(ENDING) :]) != ENDING:

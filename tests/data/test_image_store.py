@@ -148,6 +148,12 @@ def test_only_what_was_abandoned_is_removed(path):
     assert sorted(file.name for file in path.parent.iterdir()) == [fresh.name, path.name]
 
 
+def test_a_folder_in_the_file_s_place(tmp_path):
+    (tmp_path / "noise" / "within").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="noise: expected to write images there, got: Is a directory"):
+        kept(tmp_path / "noise")
+
+
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="file/noise: expected to write images there, got: File exists"):
