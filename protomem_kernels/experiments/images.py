@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from protomem_kernels.data.degradations import degrade_share
-from protomem_kernels.data.glyphs import glyph_images
+from protomem_kernels.data.glyphs import GlyphSet, glyph_images
 from protomem_kernels.data.images import orl_faces
 from protomem_kernels.data.reading import read_all
 from protomem_kernels.data.sources import labelled_images
 from protomem_kernels.data.splits import split_by_identity
-from protomem_kernels.experiments.trial import Trial
+from protomem_kernels.data.synthetic_faces import FaceSet, synthetic_faces
+from protomem_kernels.experiments.trial import HANGUL, SYNTHETIC, Trial
 from protomem_kernels.training.errors import RunError
 
 SPLIT, DAMAGE = 0, 1  # seeds
-HANGUL = "hangul"
+IMAGES_OF_A_FACE = 20  # that are drawn of each synthetic person
 
 
 class Images(NamedTuple):
@@ -58,17 +59,15 @@ def prepare(trial: Trial, progress: Callable[[int, int], object]) -> list[str]:
     Raises:
         DatasetError: it cannot be made.
     """
-    if trial.data != HANGUL:
-        return []
-    made = False
+    steps = list[int]()
 
     def noted(done: int, total: int) -> None:
-        nonlocal made
-        made = True
+        steps.append(done)
         progress(done, total)
 
-    glyphs = glyph_images(trial.fonts or None, size=trial.image_size[0], progress=noted)
-    return [*glyphs.notes, *(map(str, glyphs.tally) if made else [])]
+    made = _made(trial, noted)
+    tally = map(str, made.tally) if steps and isinstance(made, GlyphSet) else ()
+    return [] if made is None else [*made.notes, *tally]
 
 
 def read_sets(trial: Trial) -> Sets:
@@ -98,13 +97,24 @@ def read_sets(trial: Trial) -> Sets:
     measured = [found.of(part) for part in chosen[:2]]
     if trial.images_tested:
         measured = [at_most(images, trial.images_tested) for images in measured]
-    return Sets(damaged(seen, trial.degraded), validation=measured[1], test=measured[0])
+    return Sets(damaged(seen, trial), validation=measured[1], test=measured[0])
+
+
+def _made(trial: Trial, progress: Callable[[int, int], object] | None = None) -> GlyphSet | FaceSet | None:
+    """Return images that are made on the machine that uses them, where a trial is on such."""
+    size = trial.image_size[0]
+    if trial.data == HANGUL:
+        return glyph_images(trial.fonts or None, size=size, progress=progress)
+    if trial.data == SYNTHETIC:
+        people = trial.identities + trial.validation_identities + trial.test_identities
+        return synthetic_faces(people, IMAGES_OF_A_FACE, size=size, progress=progress)
+    return None
 
 
 def _read(trial: Trial) -> Images:
-    if trial.data == HANGUL:
-        glyphs = glyph_images(trial.fonts or None, size=trial.image_size[0])
-        return Images(glyphs.images, glyphs.labels, torch.ones(len(glyphs)))
+    made = _made(trial)
+    if made is not None:
+        return Images(made.images, made.labels, torch.ones(len(made)))
     dataset = orl_faces() if trial.data == "orl" else labelled_images(trial.data)
     dataset.image_size = trial.image_size
     dataset, pixels = read_all(dataset)
@@ -122,9 +132,9 @@ def at_most(images: Images, count: int) -> Images:
     return images.of(order[nth < count].sort().values)
 
 
-def damaged(images: Images, share: float) -> Images:
-    """Damage a share of the images, the same ones every time; the quality of each says how much."""
-    if share == 0:
+def damaged(images: Images, trial: Trial) -> Images:
+    """Damage the share of the images that a trial says, the same ones every time; the quality of each says how much."""
+    if trial.degraded == 0:
         return images
-    pixels, quality = degrade_share(images.pixels, share, seed=DAMAGE)
+    pixels, quality = degrade_share(images.pixels, trial.degraded, seed=DAMAGE, severity=trial.severity)
     return images._replace(pixels=pixels, quality=quality)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 INK, GREY = "#222222", "#8a8a8a"
-COLOURS = ("#1f6fb4", "#b4381f", "#4a9a4a", "#c98a00", "#7a4fa0", "#222222", "#3aa6a6", "#a0527a")
+COLOURS = ("#1f6fb4", "#b4381f", "#4a9a4a", "#c98a00", "#7a4fa0", "#222222", "#3aa6a6", "#a0527a", "#8a8a8a", "#a8c64a")
 
 
 def draw_table(path: Path, table: Table, rows: Sequence[Row]) -> None:
@@ -46,8 +46,9 @@ def draw_ages(path: Path, table: Table, rows: Sequence[Row]) -> None:
             axes.errorbar(places, means, yerr=spread, fmt="o-", color=colour, capsize=2, markersize=4, label=method)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("age: steps since the identity was last in a batch (leftmost: this one)")
-    axes.set_ylabel("cosine")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("cosine of the stored prototype with the re-computed one")
+    picture.set_figwidth(9.5)
+    picture.legend(loc="outside right upper", frameon=False, fontsize=8)
     _save(picture, path)
 
 

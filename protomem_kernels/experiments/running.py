@@ -61,7 +61,7 @@ def run(
             watched.look(learner, batch.labels)
         told(1)
     costs = learner.costs() | {"peak_mib": peak_memory() - before}
-    rates = measured(learner.average, getattr(sets, trial.measured_on), trial.degraded)
+    rates = measured(learner.average, getattr(sets, trial.measured_on), trial)
     return {**rates, **costs, **(watched.figures() if watched is not None else {})}
 
 
@@ -84,11 +84,11 @@ def simulated(trial: Trial, seed: int) -> Iterator[Batch]:
         yield Batch(images, labels, torch.ones(len(labels)))
 
 
-def measured(encoder: nn.Module, images: Images, degraded: float) -> dict[str, float]:
+def measured(encoder: nn.Module, images: Images, trial: Trial) -> dict[str, float]:
     """Return the figures of an encoder; where images were damaged for training, those of damaged ones as well."""
     figures = verified(embed(encoder, images), images.labels)
-    if degraded:
-        worse = damaged(images, degraded)
+    if trial.degraded:
+        worse = damaged(images, trial)
         figures |= {f"damaged_{name}": value for name, value in verified(embed(encoder, worse), images.labels).items()}
     return figures
 

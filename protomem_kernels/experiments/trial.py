@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from protomem_kernels.data import glyphs, synthetic_faces
 from protomem_kernels.training.config import MEMORY, MODEL, SCHEDULE, TrainConfig, schema
 from protomem_kernels.training.errors import RunError
 
+HANGUL, SYNTHETIC = "hangul", "faces"
 # Of a run's options those that say how it learns; not those of a run that goes on, or that verifies on the way.
 _OF_A_RUN = {"capacity", "pretrained", "backbone_learning_rate", "compile", "precision", "checkpoint_every"}
 _OF_A_RUN |= {"validate_every", "patience"}
@@ -33,7 +35,7 @@ class Trial(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str = Field(
-        "orl", description="orl, hangul, what protomem train takes as --data, or simulated: noise, for costs"
+        "orl", description="orl, hangul, faces (synthetic), simulated (noise), or what train takes as --data"
     )
     fonts: str = Field("", description="folder of hangul's fonts; of five Debian packages where nobody says")
     image_size: tuple[int, int] = Field((32, 32), description="height and width that the encoder sees")
@@ -43,6 +45,8 @@ class Trial(BaseModel):
     images_tested: int = Field(0, ge=0, description="images of each of the latter; 0: all")
     measured_on: Literal["test", "validation"] = Field("test", description="which of the latter two give the figures")
     degraded: float = Field(0.0, ge=0, le=1, description="share of the training images that are damaged")
+
+    severity: tuple[float, float] = Field((0.3, 0.9), description="of the damage, from and to")
 
     head: Literal["memory", "full", "sampled"] = Field(
         "memory", description="prototype memory; class weights, all of them or a sample in each step"
@@ -63,7 +67,8 @@ class Trial(BaseModel):
         """Return all that decides the figures, by plain names and values; what is empty is left out."""
         values = self.model_dump(mode="json", exclude={"train"})
         values |= {key: value for key, value in self.train.as_dict().items() if key in LEARNING}
-        return {key: value for key, value in values.items() if value != ""}
+        drawn = {HANGUL: glyphs.DRAWING, SYNTHETIC: synthetic_faces.DRAWING}.get(self.data, "")
+        return {key: value for key, value in {**values, "drawing": drawn}.items() if value != ""}
 
     def digest(self) -> str:
         """Return eight digits that change with any of the settings.

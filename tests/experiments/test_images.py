@@ -42,8 +42,8 @@ def test_the_rest_trains_where_nobody_says_how_many(trial):
     assert len(read_sets(trial(identities=0)).train.labels.unique()) == 24
 
 
-def test_half_of_the_images_are_damaged_as_much_as_their_quality_says(sets):
-    worse = damaged(sets.train, 0.5)
+def test_half_of_the_images_are_damaged_as_much_as_their_quality_says(sets, trial):
+    worse = damaged(sets.train, trial(degraded=0.5))
     touched = worse.quality < 1
     assert 0.4 < touched.float().mean() < 0.6
     assert 0.05 < worse.quality[touched].min() < worse.quality[touched].max() < 0.75
@@ -55,9 +55,12 @@ def test_half_of_the_images_are_damaged_as_much_as_their_quality_says(sets):
     assert change[touched][severe].mean() > change[touched][slight].mean()
 
 
-def test_damage_is_the_same_every_time_and_none_is_none(sets):
-    assert torch.equal(damaged(sets.train, 0.5).pixels, damaged(sets.train, 0.5).pixels)
-    assert damaged(sets.train, 0.0) is sets.train
+def test_damage_is_the_same_every_time_and_none_is_none(sets, trial):
+    half = trial(degraded=0.5)
+    assert torch.equal(damaged(sets.train, half).pixels, damaged(sets.train, half).pixels)
+    assert damaged(sets.train, trial()) is sets.train
+    severe = damaged(sets.train, trial(degraded=0.5, severity=(0.9, 1.0)))
+    assert severe.quality[severe.quality < 1].max() < 0.11
 
 
 def test_glyphs_are_drawn_once_and_told_of(trial, tmp_path, monkeypatch):

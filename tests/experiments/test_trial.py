@@ -13,6 +13,7 @@ OTHER = {
     "data": "simulated",
     "fonts": "mine",
     "image_size": (40, 40),
+    "severity": (0.5, 0.6),
     "head": "full",
     "weights": "true",
     "sampler": "doppelgangers",
