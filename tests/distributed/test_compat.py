@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from protomem_kernels.compat import insightface
+from tests.compat import insightface_loop
+from tests.compat.insightface_loop import CASES, NUMBERS
 from tests.distributed.pool import Pool
 
 CLASSES, DIM, BATCH = 37, 12, 20
@@ -34,3 +41,43 @@ def test_pytorch_metric_learnings_distributed_wrapper(pool: Pool) -> None:
     for found, truth in zip(mine, theirs, strict=True):
         for a, b in zip(found, truth, strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
+
+
+def trained(group: Any, name: str) -> Any:
+    """Return one rank's numbers of the loop in insightface's manner."""
+
+    def average(gradient: Tensor) -> None:
+        dist.all_reduce(gradient, group=group)
+        gradient /= group.size()
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        head = partial(insightface.PartialFC_V2, process_group=group)
+        return insightface_loop.train(head, insightface.CombinedMarginLoss, name, average)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, ranks) in CASES.items() if ranks > 1])
+def test_ten_steps_of_training_are_insightfaces(name: str, pool: Pool) -> None:
+    truths = json.loads(NUMBERS.read_text())["cases"][name]
+    for found, truth in zip(pool.run(len(truths), trained, name), truths, strict=True):
+        assert found["sampled"] == truth["sampled"]
+        for what in ("losses", "encoder", "weight"):
+            torch.testing.assert_close(
+                torch.tensor(found[what], dtype=torch.float64),
+                torch.tensor(truth[what], dtype=torch.float64),
+                rtol=1e-9,
+                atol=1e-9,
+            )
+
+
+def made_and_loaded(group: Any) -> Any:
+    """Return where each rank's classes lie, by default over the world, and whether the original's state fits."""
+    head = insightface.PartialFC_V2(insightface.CosFace(), DIM, CLASSES)
+    head.load_state_dict({"weight": torch.full((head.num_local, DIM), 1.0 + head.rank)})
+    return head.rank, head.world_size, head.class_start, head.num_local
+
+
+def test_classes_lie_on_the_ranks_as_in_partial_fc(pool: Pool) -> None:
+    assert pool.run(3, made_and_loaded) == [(0, 3, 0, 13), (1, 3, 13, 12), (2, 3, 25, 12)]
