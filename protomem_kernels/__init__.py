@@ -25,6 +25,7 @@ from protomem_kernels.types import (
     MarginSoftmaxStats,
     MemoryState,
 )
+from protomem_kernels.warm_start import warm_start
 from protomem_kernels.warm_up import warm_up
 
 __version__ = "0.1.0"
@@ -65,5 +66,6 @@ __all__ = [
     "margin_softmax_logits",
     "margin_softmax_loss",
     "use_backend",
+    "warm_start",
     "warm_up",
 ]

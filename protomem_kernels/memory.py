@@ -57,9 +57,9 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         learnable: make ``prototypes`` an ``nn.Parameter``.
         process_group: of ``torch.distributed``: one memory over its ranks (docs/distributed.md). ``capacity`` is the
             total; a rank keeps ceil(capacity / W) slots, for the identities that it owns, and the five tensors, ``len``
-            and ``state_dict()`` are that shard's. ``update``, ``aggregate``, ``lookup`` and ``doppelgangers`` are then
-            collective: every rank calls, each with its own part of the batch, maybe an empty one. Slots count through
-            the shards: rank * shard_size + the slot there. Default: this process alone.
+            and ``state_dict()`` are that shard's. ``update``, ``aggregate``, ``lookup``, ``prototypes_of`` and
+            ``doppelgangers`` are then collective: every rank calls, each with its own part of the batch, maybe an empty
+            one. Slots count through the shards: rank * shard_size + the slot there. Default: this process alone.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; of a collective call, on every rank alike,
@@ -266,6 +266,16 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         """Return the slot of each label (B,) int64, -1 where it is not in the memory or negative."""
         labels, rows = self._shared_labels(labels)
         return self._told_by_owners(find_slots(self.identities, labels), rows)
+
+    @torch.no_grad()
+    def prototypes_of(self, labels: Tensor) -> Tensor:
+        """Return the prototype of each label (N,): (N, D), zeros where it is not in the memory."""
+        labels, rows = self._shared_labels(labels)
+        slots = find_slots(self.identities, labels)
+        known, found = slots >= 0, self.prototypes.index_select(0, slots.clamp(min=0))
+        if not self.ranks.alone:
+            known, found = self._queries_of_owners(known, found)
+        return rows.own(torch.where(known[:, None], found, 0))
 
     @torch.no_grad()
     def doppelgangers(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

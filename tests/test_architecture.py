@@ -26,8 +26,9 @@ BELOW: dict[str, set[str]] = {
     "experiments": {"training"},
     "gpu_check": {""},  # no cli, training or data: it meets a machine that has torch and nothing else
     "training": {"compat", "data", ""},
-    "": {"losses", "warm_up"},
+    "": {"losses", "warm_up", "warm_start"},
     "warm_up": {"losses"},
+    "warm_start": {"losses"},
     "sampling": {"data"},  # earlier names of rooms of data, this and the next two
     "evaluation": {"data"},
     "datasets": {"data"},

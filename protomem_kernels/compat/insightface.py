@@ -231,6 +231,8 @@ class PartialFC_V2(MarginSoftmaxLoss):  # noqa: N801  # insightface's name
     Source: An et al., Partial FC, arXiv 2203.15565.
     """
 
+    weight_index: Tensor
+
     def __init__(
         self,
         margin_loss: Any,
@@ -258,7 +260,9 @@ class PartialFC_V2(MarginSoftmaxLoss):  # noqa: N801  # insightface's name
         self.num_local, self.class_start = len(self.weight), self.first_class
         self.num_sample = int(self.sample_rate * self.num_local)
 
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor, **options: Any) -> Any:
+    def forward(  # type: ignore[override]  # its arguments have insightface's names
+        self, local_embeddings: Tensor, local_labels: Tensor, **options: Any
+    ) -> Any:
         """Return the mean loss of all ranks' samples; options as in ``MarginSoftmaxLoss``."""
         taken = as_margin_loss(self.margin_softmax)
         self.margin, self.scale, self.mining = taken.margin_of_targets(), float(taken.s), taken.filter_of_negatives()

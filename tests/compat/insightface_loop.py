@@ -4,8 +4,8 @@
 
     python -m tests.compat.insightface_loop FOLDER COMMIT
 
-with FOLDER holding losses.py and partial_fc_v2.py of recognition/arcface_torch at that commit of deepinsight/insightface,
-on gloo, in float64, with ``Tensor.cuda`` left out. It holds numbers alone.
+with FOLDER holding losses.py and partial_fc_v2.py of recognition/arcface_torch at that commit of
+deepinsight/insightface, on gloo, in float64, with ``Tensor.cuda`` left out. It holds numbers alone.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import protomem_kernels as pmk
 from protomem_kernels.compat import insightface
 from tests.compat import insightface_loop
 from tests.compat.insightface_loop import CASES, NUMBERS
@@ -81,3 +82,24 @@ def made_and_loaded(group: Any) -> Any:
 
 def test_classes_lie_on_the_ranks_as_in_partial_fc(pool: Pool) -> None:
     assert pool.run(3, made_and_loaded) == [(0, 3, 0, 13), (1, 3, 13, 12), (2, 3, 25, 12)]
+
+
+def warmed(group: Any, weight: Tensor, labels: Tensor) -> Any:
+    """Fill a memory by each rank's part of a classifier, and a head by what the memory then holds of all classes."""
+    memory = pmk.PrototypeMemory(60, DIM, process_group=group)
+    mine = slice(group.rank(), None, group.size())
+    pmk.warm_start(memory, weight[mine], labels[mine])
+    head = insightface.PartialFC_V2(insightface.ArcFace(), DIM, CLASSES, process_group=group)
+    pmk.warm_start(head, weight)  # the shards of any number of ranks, put together
+    assert torch.equal(head.weight, weight[head.class_start : head.class_start + head.num_local])
+    asked = labels if group.rank() == 0 else labels[:2]
+    return memory.prototypes_of(asked), len(memory)
+
+
+def test_a_classifier_warms_a_memory_over_ranks(pool: Pool) -> None:
+    weight = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(CLASSES) * 31
+    told = pool.run(2, warmed, weight, labels)
+    for rank, (rows, _) in enumerate(told):
+        torch.testing.assert_close(rows, torch.nn.functional.normalize(weight)[: CLASSES if rank == 0 else 2])
+    assert sum(count for _, count in told) == CLASSES
