@@ -10,6 +10,7 @@ from protomem_kernels.margins import (
     CosFace,
     DSoftmax,
     ElasticFace,
+    LabelMargins,
     MagFace,
     SphereFace,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "HardSamples",
     "HardestNegatives",
     "HardestNegativesResult",
+    "LabelMargins",
     "MVSoftmax",
     "MagFace",
     "MarginSoftmaxLoss",

@@ -17,7 +17,7 @@ from protomem_kernels.distributed.ranks import ranks_of
 from protomem_kernels.distributed.resharding import KeptInShards, Shard
 from protomem_kernels.head import Head
 from protomem_kernels.identities import find_slots
-from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax
+from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax, as_margin
 from protomem_kernels.memory import PrototypeMemory, sample_slots
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective, loss_over_banks, margin_softmax_loss
@@ -195,7 +195,7 @@ class PrototypeMemoryLoss(Head):
         result = loss_over_banks(
             batch.embeddings,
             banks,
-            margin=self.margin,
+            margin=as_margin(self.margin).for_labels(batch.labels),
             scale=self.scale,
             mining=self.mining,
             reduction=self.reduction,
@@ -419,6 +419,7 @@ class MarginSoftmaxLoss(Head, KeptInShards):
         if self.sample_rate < 1 and self.training:
             sampled = self.sampled_classes(targets)
             weight, targets = weight.index_select(0, sampled), find_slots(sampled, targets)
+        options["margin"] = as_margin(self.margin).for_labels(batch.labels)
         banks = self._banks([Bank(weight, targets, None)], batch, normalize_prototypes=True)
         result = loss_over_banks(batch.embeddings, banks, **options)
         return (passed(result[0]), result[1]) if isinstance(result, tuple) else passed(result)

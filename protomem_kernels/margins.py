@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from protomem_kernels._checks import check_choice, check_number
+from protomem_kernels._checks import check_choice, check_number, check_tensor
 from protomem_kernels.distributed.ranks import SeesAllRanks
 from protomem_kernels.recomputation import Replay
 from protomem_kernels.state import StatefulModule, check_statistic
@@ -59,6 +59,10 @@ class Margin:
         no margin.
         """
         return TargetMap(_as_it_is, _as_it_is)
+
+    def for_labels(self, labels: Tensor) -> Margin:
+        """Return the margin for a batch with these labels (B,): identities, classes or slots. Default: itself."""
+        return self
 
     def losses(self, excess: Tensor, cosine: Tensor, negatives: Tensor, scale: float) -> Tensor:
         """Return each sample's loss (B,). Default: ``softplus(excess)``, the cross-entropy of the softmax.
@@ -483,6 +487,70 @@ class ElasticFace(StatefulModule, SeesAllRanks, Margin):
             elif strict:
                 missing_keys.append(key)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMargins(Margin):
+    """ArcFace or CosFace with a margin of its own for each label: larger ones for rare classes, say.
+
+    Args:
+        margins: (C,) floating, the margin of each label in [0, C), on the embeddings' device (elsewhere it is copied in
+            every step); or a function ``labels (B,) int64 -> margins (B,)``, for identities that are any int64.
+            Radians below pi for "arc", differences of cosines for "cos"; >= 0. Ignored samples ask for label 0.
+        kind: "arc" or "cos".
+
+    Labels are what the loss was called with: identities in ``PrototypeMemoryLoss``, classes in ``MarginSoftmaxLoss``,
+    targets in ``margin_softmax_loss``.
+
+    Raises:
+        IndexError: a label >= C (CPU).
+
+    >>> margin = LabelMargins(torch.tensor([0.1, 0.3]), kind="cos").for_labels(torch.tensor([1, 0]))
+    >>> margin(torch.tensor([0.5, 0.5]), torch.ones(2))
+    tensor([0.2000, 0.4000])
+
+    Source: Ha et al., Google Landmark Recognition 2020, arXiv 2010.05350, whose margins follow the classes' sizes.
+    """
+
+    margins: Tensor | Callable[[Tensor], Tensor]
+    kind: str = "arc"
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("arc", "cos"))
+        if isinstance(self.margins, Tensor):
+            check_tensor("margins", self.margins, 1, "(C,)", floating=True)
+            low, high = (float(value) for value in self.margins.aminmax()) if len(self.margins) else (0.0, 0.0)
+            check_number("the smallest of margins", low, low=0)
+            if self.kind == "arc":
+                _check_angle("the largest of margins", high)
+        elif not callable(self.margins):
+            raise TypeError(f"margins must be a tensor or a function of labels, got {type(self.margins).__name__}")
+
+    def for_labels(self, labels: Tensor) -> Margin:
+        """Return the margin with the labels' own values in place."""
+        labels = labels.long().clamp(min=0)
+        found = (
+            self.margins[labels.to(self.margins.device)] if isinstance(self.margins, Tensor) else self.margins(labels)
+        )
+        if found.shape != labels.shape:
+            raise ValueError(f"margins must give {tuple(labels.shape)}, one for each label, got {tuple(found.shape)}")
+        return _MarginOfEach(found.to(labels.device), self.kind)
+
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        """Refuse: it takes labels to know the margins."""
+        raise TypeError("LabelMargins needs labels: for_labels(labels) returns the margin of a batch")
+
+
+@dataclass(frozen=True, eq=False)
+class _MarginOfEach(Margin):
+    """``LabelMargins`` of a batch: a margin (B,) for each of its samples."""
+
+    m: Tensor
+    kind: str
+
+    def bind(self, embedding_norm: Tensor) -> TargetMap:
+        m = self.m.to(embedding_norm.dtype)
+        return angular(m) if self.kind == "arc" else subtractive(m)
 
 
 @dataclass(frozen=True)

@@ -206,11 +206,12 @@ def margin_softmax_loss(
     targets = check_batch(embeddings, targets, "targets")
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
+    check_objective(margin, scale, mining)
     embeddings, passed = widened_for_loss(embeddings)
     result = loss_over_banks(
         embeddings,
         Banks([Bank(prototypes, targets, occupied)], normalize_prototypes),
-        margin=margin,
+        margin=as_margin(margin).for_labels(targets),
         scale=scale,
         mining=mining,
         reduction=reduction,
@@ -307,7 +308,7 @@ def margin_softmax_logits(
     check_prototypes(prototypes, embeddings)
     check_occupied(occupied, prototypes)
     check_objective(margin, scale, mining)
-    margin, rule = as_margin(margin), NO_MINING if mining is None else mining
+    margin, rule = as_margin(margin).for_labels(targets), NO_MINING if mining is None else mining
     if not margin.has_logits:
         raise TypeError(
             f"margin must be a margin on the target's logit, got {type(margin).__name__}, which is no single softmax"

@@ -9,7 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protomem_kernels import AdaFace, ArcFace, CombinedMargin, CosFace, DSoftmax, ElasticFace, MagFace, SphereFace
+from protomem_kernels import (
+    AdaFace,
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    DSoftmax,
+    ElasticFace,
+    LabelMargins,
+    MagFace,
+    MarginSoftmaxLoss,
+    PrototypeMemoryLoss,
+    SphereFace,
+    margin_softmax_logits,
+    margin_softmax_loss,
+)
 from tests import oracles
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -367,3 +381,67 @@ def test_defaults_are_those_of_the_contract():
 def test_constructor_errors_name_the_argument(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+# Margins by label
+
+
+OF_EACH = torch.tensor([0.1, 0.5, 0.0, 0.3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("kind", "plain"), [("arc", ArcFace), ("cos", CosFace)])
+@pytest.mark.parametrize("head", ["operator", "logits", "classes", "sampled classes", "memory"])
+def test_each_label_has_its_own_margin(head, kind, plain):
+    """Beside one call with the plain margin for each sample."""
+    torch.manual_seed(0)
+    embeddings = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([3, 0, 1, -1, 2, 1])
+    identities = torch.where(labels < 0, -1, labels + 100)  # a memory knows no classes, and takes a function
+    weight = torch.randn(4, 5, dtype=torch.float64)
+
+    def losses(margin):
+        if head == "operator":
+            return margin_softmax_loss(
+                embeddings, weight, labels, margin=margin, scale=8, normalize_prototypes=True, reduction="none"
+            )
+        if head == "logits":
+            logits = margin_softmax_logits(
+                embeddings, weight, labels, margin=margin, scale=8, normalize_prototypes=True
+            )
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-1)
+        if head == "memory":
+            loss_fn = PrototypeMemoryLoss(
+                5, 4, margin=margin, scale=8, reduction="none", dtype=torch.float64, prototype_gradient="fresh"
+            )
+            return loss_fn(embeddings, identities)
+        sample_rate = 0.9 if head == "sampled classes" else 1.0
+        loss_fn = MarginSoftmaxLoss(
+            4, 5, margin=margin, scale=8, reduction="none", sample_rate=sample_rate, dtype=torch.float64
+        )
+        loss_fn.load_state_dict({"weight": weight})
+        return loss_fn(embeddings, labels)
+
+    margins = (lambda labels: OF_EACH[(labels - 100).clamp(min=0)]) if head == "memory" else OF_EACH
+    found = losses(LabelMargins(margins, kind))
+    (gradient,) = torch.autograd.grad(found.sum(), embeddings)
+    each = [losses(plain(float(OF_EACH[label])))[at] for at, label in enumerate(labels)]
+    (expected,) = torch.autograd.grad(torch.stack(each).sum(), embeddings)
+    torch.testing.assert_close(found, torch.stack(each), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_label_margins_that_cannot_be():
+    with pytest.raises(ValueError, match=r"smallest of margins must be in \[0, inf\)"):
+        LabelMargins(torch.tensor([0.1, -0.2]))
+    with pytest.raises(ValueError, match=r"largest of margins is an angle.*got 28"):
+        LabelMargins(torch.tensor([0.1, 28.0]))
+    with pytest.raises(TypeError, match="margins must be a tensor or a function of labels, got float"):
+        LabelMargins(0.5)
+    with pytest.raises(ValueError, match="kind must be"):
+        LabelMargins(OF_EACH, "sphere")
+    with pytest.raises(ValueError, match=r"margins must give \(2,\), one for each label, got \(2, 1\)"):
+        margin_softmax_loss(
+            torch.randn(2, 3), torch.eye(3), torch.tensor([0, 1]), margin=LabelMargins(lambda labels: labels[:, None])
+        )
+    with pytest.raises(TypeError, match="needs labels"):
+        LabelMargins(OF_EACH)(cosines(), cosines())

@@ -372,3 +372,17 @@ def test_a_refused_call_changes_nothing(bad):
     with pytest.raises((TypeError, ValueError)):
         memory.update(*bad)
     assert oracles.same(before, memory.state_dict())
+
+
+def test_rows_of_a_bfloat16_memory_stay_near_those_of_a_float32_one():
+    """Rounding adds up only as far as refreshing forgets: benchmarks/memory_dtype.py measures more of it."""
+    generator = torch.Generator().manual_seed(0)
+    directions, labels = torch.randn(20, 64, generator=generator), torch.arange(20)
+    exact, rounded = (PrototypeMemory(20, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for _ in range(60):
+        images = directions + torch.randn(20, 64, generator=generator)
+        exact.update(images, labels)
+        rounded.update(images, labels)
+    apart = 1 - torch.cosine_similarity(exact.prototypes.double(), rounded.prototypes.double())
+    assert apart.max() < 2e-5
+    assert apart.max() > 1e-7  # it is kept in 16 bits

@@ -17,12 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 import protomem_kernels
 from protomem_kernels import quality
-from protomem_kernels.margins import Margin
+from protomem_kernels.margins import LabelMargins, Margin
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.training.errors import RunError
 
 KINDS: dict[str, Callable[[type], bool]] = {
-    "margin": lambda made: issubclass(made, Margin),
+    "margin": lambda made: issubclass(made, Margin) and made is not LabelMargins,  # of a tensor or a function
     "mining": lambda made: issubclass(made, MiningRule),
     "quality": lambda made: made.__module__ == quality.__name__,
 }

@@ -44,6 +44,7 @@ MARGINS: dict[str, Any] = {
     "elastic": lambda: pmk.ElasticFace(0.3, 0.05, generator=torch.Generator().manual_seed(5)),
     "d-softmax": lambda: pmk.DSoftmax(0.9),
     "function": lambda: by_norm,
+    "labels": lambda: pmk.LabelMargins(by_label),
 }
 MININGS: dict[str, Any] = {
     "none": lambda: None,
@@ -66,6 +67,11 @@ QUALITIES: dict[str, Any] = {
 def by_norm(cosine: Tensor, norm: Tensor) -> Tensor:
     """A margin of the user's own: the norm is not detached."""
     return cosine - 0.05 * norm / (1 + norm)
+
+
+def by_label(labels: Tensor) -> Tensor:
+    """A margin for each identity."""
+    return 0.1 + 0.05 * (labels % 7).double()
 
 
 def made(options: Mapping[str, Any]) -> dict[str, Any]:
