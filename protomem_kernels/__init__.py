@@ -2,6 +2,7 @@
 
 from protomem_kernels import distributed
 from protomem_kernels.backends.choice import explain, use_backend
+from protomem_kernels.health import Health
 from protomem_kernels.losses import DSoftmaxLoss, MarginSoftmaxLoss, PrototypeMemoryLoss, PrototypeMemoryStats
 from protomem_kernels.margins import (
     AdaFace,
@@ -19,6 +20,7 @@ from protomem_kernels.mining import CurricularFace, HardestNegatives, HardSample
 from protomem_kernels.objective import margin_softmax_logits, margin_softmax_loss
 from protomem_kernels.ops import aggregate_prototypes, enqueue_, hardest_negatives
 from protomem_kernels.quality import CenterQuality, NormQuality, RecognizabilityQuality, SoftmaxQuality
+from protomem_kernels.schedules import HeadSchedule
 from protomem_kernels.types import (
     AggregatedPrototypes,
     EnqueueResult,
@@ -46,6 +48,8 @@ __all__ = [
     "HardSamples",
     "HardestNegatives",
     "HardestNegativesResult",
+    "HeadSchedule",
+    "Health",
     "LabelMargins",
     "MVSoftmax",
     "MagFace",

@@ -16,6 +16,7 @@ from protomem_kernels.distributed.batch import Batch, largest, overflow_shared
 from protomem_kernels.distributed.ranks import ranks_of
 from protomem_kernels.distributed.resharding import KeptInShards, Shard
 from protomem_kernels.head import Head
+from protomem_kernels.health import Health, Watched, health_of, refresh_drift
 from protomem_kernels.identities import find_slots
 from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax, as_margin
 from protomem_kernels.memory import PrototypeMemory, sample_slots
@@ -26,7 +27,7 @@ from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
 from protomem_kernels.rows import normalize_rows_, refreshed_rows
-from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats
+from protomem_kernels.types import AggregatedPrototypes, MarginSoftmaxStats, MemoryState
 
 PROTOTYPE_GRADIENTS = ("none", "fresh", "memory")
 
@@ -156,6 +157,8 @@ class PrototypeMemoryLoss(Head):
         )
         self._share(self.memory.ranks, average_gradients, equal_batches, margin, mining, quality)
         self._optimizer: torch.optim.Optimizer | None = None
+        self._watch = False
+        self._watched: Watched | None = None
 
     def extra_repr(self) -> str:
         """Return the settings that are no modules."""
@@ -182,6 +185,25 @@ class PrototypeMemoryLoss(Head):
         self._optimizer = optimizer
         optimizer.register_step_post_hook(lambda *_: normalize_rows_(self.memory.prototypes.detach()))
 
+    def watch(self) -> None:
+        """Have the next step in training mode note what ``health`` tells of a step: it takes one more pass."""
+        self._watch = True
+
+    def health(self) -> Health:
+        """Return how full and how old the memory is, and what the last watched step saw (``Health``).
+
+        Reads values back, so call it now and then; over several ranks it is collective, as ``watch`` has to be.
+
+        Example:
+            >>> loss_fn = PrototypeMemoryLoss(embedding_dim=2, capacity=4)
+            >>> loss_fn.watch()
+            >>> _ = loss_fn(torch.eye(2), torch.tensor([7, 8]))
+            >>> health = loss_fn.health()
+            >>> health.occupancy, round(health.target_cosine, 3), health.age_histogram
+            (0.5, 1.0, (2,))
+        """
+        return health_of(self.memory, self._watched)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the optimiser out of copies and pickles: the copy's prototypes are not the ones it steps."""
         return self.__dict__ | {"_optimizer": None}
@@ -190,8 +212,10 @@ class PrototypeMemoryLoss(Head):
         self, embeddings: Tensor, labels: Tensor, weights: Tensor | None = None, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, PrototypeMemoryStats]:
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
-        batch, passed = self._gathered(embeddings, labels, weights, return_stats)
-        targets, banks, counts = self._write(batch) if self.training else self._read(batch)
+        watching = self._watch and self.training
+        batch, passed = self._gathered(embeddings, labels, weights, return_stats or watching)
+        step = self._write(batch, watching) if self.training else self._read(batch)
+        targets, banks, counts, _ = step
         result = loss_over_banks(
             batch.embeddings,
             banks,
@@ -199,13 +223,18 @@ class PrototypeMemoryLoss(Head):
             scale=self.scale,
             mining=self.mining,
             reduction=self.reduction,
-            return_stats=return_stats,
+            return_stats=return_stats or watching,
         )
         loss, seen = result if isinstance(result, tuple) else (result, None)
         loss = passed(loss)
         if self.reduction == "mean" and not self.training:
             loss = torch.where(banks.counts.any(), loss, torch.nan)
-        return loss if seen is None else (loss, self._stats(batch, targets, seen, counts))
+        if seen is None:
+            return loss
+        stats = self._stats(batch, targets, seen, counts)
+        if step.refreshed is not None:
+            self._note(batch, stats, *step.refreshed)
+        return (loss, stats) if return_stats else loss
 
     def owned_by_rank(self) -> Iterator[str]:
         """Return the names of the memory's five tensors, and with a process group of all buffers."""
@@ -232,12 +261,13 @@ class PrototypeMemoryLoss(Head):
 
     def _read(self, batch: Batch) -> _Step:
         """Look the batch's identities up; nothing is written."""
-        targets = find_slots(self.memory.identities, batch.labels)
+        ring = self.memory.ring
+        targets = find_slots(ring.identities, batch.labels)
         targets = _show_broken(targets, batch.embeddings, self.memory.owned(batch.labels))
-        banks = self._banks([Bank(self._prototypes(), targets, self.memory.occupied)], batch)
-        return _Step(targets, banks, torch.zeros(3, dtype=torch.int64, device=targets.device))
+        banks = self._banks([self._whole(ring, targets)], batch)
+        return _Step(targets, banks, torch.zeros(3, dtype=torch.int64, device=targets.device), None)
 
-    def _write(self, batch: Batch) -> _Step:
+    def _write(self, batch: Batch, watching: bool) -> _Step:
         """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
         if batch.weights is None and self.quality is not None:
             with without_autocast(batch.embeddings):
@@ -246,21 +276,37 @@ class PrototypeMemoryLoss(Head):
             made = self.memory.aggregate_owned(batch)
 
         slots, evicted, known, previous = self.memory.enqueue_keeping_previous(
-            made, keep_previous=self.prototype_gradient == "fresh"
+            made, keep_previous=watching or self.prototype_gradient == "fresh"
         )
+        refreshed = (known & (slots >= 0), self._drift(slots, previous)) if watching else None
         targets = sample_slots(slots, made.index)
         targets = _show_broken(targets, batch.embeddings, self.memory.owned(batch.labels))
         entered = (slots >= 0) & ~known
         counts = torch.stack([entered.sum(), known.sum(), (evicted >= 0).sum()])
         if self.prototype_gradient == "fresh":
-            return _Step(targets, self._banks(self._fresh_banks(made, slots, known, previous, targets), batch), counts)
+            fresh = self._banks(self._fresh_banks(made, slots, known, previous, targets), batch)
+            return _Step(targets, fresh, counts, refreshed)
         if self.prototype_gradient == "memory":
             self._clear_optimizer_state(torch.where(entered, slots, -1))
-        banks = self._banks([Bank(self._prototypes(), targets, self.memory.occupied)], batch)
-        return _Step(targets, banks, counts)
+        banks = self._banks([self._whole(self.memory.ring, targets)], batch)
+        return _Step(targets, banks, counts, refreshed)
 
-    def _prototypes(self) -> Tensor:
-        return overflow_shared(self.memory.prototypes, self.ranks)
+    @torch.no_grad()
+    def _drift(self, slots: Tensor, previous: Tensor) -> Tensor:
+        """Return how far each row (P,) moved that stands in these slots."""
+        return refresh_drift(previous, self.memory.prototypes.index_select(0, slots.clamp(min=0)))
+
+    @torch.no_grad()
+    def _note(self, batch: Batch, stats: PrototypeMemoryStats, refreshed: Tensor, drift: Tensor) -> None:
+        """Keep what a watched step saw."""
+        norm = torch.linalg.vector_norm(batch.rows.own(batch.embeddings.detach()), dim=1)
+        labelled = batch.rows.own(batch.labels) >= 0
+        self._watched = Watched(labelled, stats.target_cosine, stats.hardest_cosine, norm, refreshed, drift)
+        self._watch = False
+
+    def _whole(self, ring: MemoryState, targets: Tensor) -> Bank:
+        """Return all prototypes as the bank of a loss."""
+        return Bank(overflow_shared(ring.prototypes, self.ranks), targets, ring.identities >= 0)
 
     def _fresh_banks(
         self, made: AggregatedPrototypes, slots: Tensor, known: Tensor, previous: Tensor, targets: Tensor
@@ -268,9 +314,10 @@ class PrototypeMemoryLoss(Head):
         """Return the memory without the slots written in this step, and the rows in them with their graph."""
         old = previous.to(made.prototypes.dtype)
         fresh = refreshed_rows(old, known, made.prototypes, self.memory.refresh_ratio)
-        written = _slot_mask(slots, self.memory.shard_size)
+        ring = self.memory.ring
+        written = _slot_mask(slots, self.memory.slots_in_use)
         return [
-            Bank(self.memory.prototypes, torch.full_like(targets, -1), self.memory.occupied & ~written),
+            Bank(ring.prototypes, torch.full_like(targets, -1), (ring.identities >= 0) & ~written),
             Bank(fresh, torch.where(targets >= 0, made.index, -1), slots >= 0),
         ]
 
@@ -292,11 +339,15 @@ class PrototypeMemoryLoss(Head):
 
 
 class _Step(NamedTuple):
-    """What the loss runs over: samples' slots (B,), banks, and how many entered, were refreshed and left (3,)."""
+    """What the loss runs over: samples' slots (B,), banks, and how many entered, were refreshed and left (3,).
+
+    Of a watched step also which of its prototypes (P,) refreshed a row, and how far each moved (P,).
+    """
 
     targets: Tensor
     banks: Banks
     counts: Tensor
+    refreshed: tuple[Tensor, Tensor] | None
 
 
 def _slot_mask(slots: Tensor, capacity: int) -> Tensor:

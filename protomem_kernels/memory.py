@@ -107,7 +107,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         self.ranks = ranks_of(process_group)
         if capacity < self.ranks.size:
             raise ValueError(f"capacity must be at least {self.ranks.size}, the ranks of process_group, got {capacity}")
-        self._capacity = capacity
+        self._capacity = self._capacity_in_use = capacity
         self._agree = Agreement(self.ranks)
         self._met_ranks = False
         state = MemoryState.empty(-(-capacity // self.ranks.size), embedding_dim, dtype=dtype, device=device)
@@ -130,6 +130,73 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
     def shard_size(self) -> int:
         """The number of slots on this rank."""
         return self.prototypes.shape[0]
+
+    @property
+    def capacity_in_use(self) -> int:
+        """How many of the ``capacity`` slots the ring takes now; over several ranks, of all shards together."""
+        return self._capacity_in_use
+
+    @property
+    def slots_in_use(self) -> int:
+        """The same on this rank: the first of its slots."""
+        return min(-(-self._capacity_in_use // self.ranks.size), self.shard_size)
+
+    @torch.no_grad()
+    def use(self, capacity: int) -> None:
+        """Let the ring take ``capacity`` slots from now on, the first ones; the others stay empty and cost nothing.
+
+        The identities keep their order. Where there are more, those go that would have been overwritten first. Not
+        collective, but every rank has to call it alike. ``state_dict()`` keeps its size; a memory that loads a state
+        with identities beyond goes back to all slots, until it is told again.
+
+        Args:
+            capacity: in [the number of ranks, ``capacity``]; a batch may hold no more identities.
+
+        Raises:
+            ValueError: out of range, or ``prototypes`` is a parameter, whose rows an optimiser knows by their place.
+        """
+        check_int("capacity", capacity, at_least=self.ranks.size)
+        if capacity > self.capacity:
+            raise ValueError(f"capacity must be at most {self.capacity}, the memory's, got {capacity}")
+        if capacity == self._capacity_in_use:
+            return
+        if isinstance(self.prototypes, nn.Parameter):
+            raise ValueError("a learnable memory must use all its slots: an optimizer knows its rows by their place")
+        before, self._capacity_in_use = self.slots_in_use, capacity
+        if self.slots_in_use > before or not self._fits():
+            self._lay(before)
+
+    def _fits(self) -> bool:
+        """Say whether nothing stands beyond the slots in use; reads values."""
+        slots = self.slots_in_use
+        return int(self.cursor) < slots and not bool(self.occupied[slots:].any())
+
+    def _lay(self, ring: int) -> None:
+        """Lay the identities of a ring of so many slots from slot 0 on, as many of the last as there are in use."""
+        order = (
+            oldest_first(self.cursor.reshape(1).cpu(), ring).to(self.stamps.device)
+            if self.policy == "fifo"
+            else self.stamps[:ring].argsort(stable=True)
+        )
+        order = order[self.identities[order] >= 0][-self.slots_in_use :]
+        rows, identities, stamps = self.prototypes[order], self.identities[order], self.stamps[order]
+        clock = self.clock.clone()
+        self.reset()
+        for tensor, values in ((self.prototypes, rows), (self.identities, identities), (self.stamps, stamps)):
+            tensor[: len(order)] = values
+        self.cursor.fill_(len(order) % self.slots_in_use)
+        self.clock.copy_(clock)
+        self._note_identities()
+
+    @property
+    def ring(self) -> MemoryState:
+        """The five tensors as far as the slots in use go: views where these are not all."""
+        slots = self.slots_in_use
+        if slots == self.shard_size:
+            return self.state
+        return MemoryState(
+            self.prototypes[:slots], self.identities[:slots], self.stamps[:slots], self.cursor, self.clock
+        )
 
     @property
     def embedding_dim(self) -> int:
@@ -201,7 +268,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
 
     def aggregate_owned(self, batch: Batch) -> AggregatedPrototypes:
         """Do what ``aggregate`` does with a batch that was checked and brought together."""
-        rows = min(batch.embeddings.shape[0], self.shard_size)
+        rows = min(batch.embeddings.shape[0], self.slots_in_use)
         self._refuse_more_than_fit(batch.labels)
         return aggregate_prototypes(batch.embeddings, self.owned(batch.labels), batch.weights, max_identities=rows)
 
@@ -233,7 +300,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
 
         def move() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             return enqueue_keeping_previous_(
-                self.state,
+                self.ring,
                 *made,
                 refresh_ratio=self.refresh_ratio,
                 policy=self.policy,
@@ -397,6 +464,8 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         value = state_dict.get(prefix + "prototypes")
         if isinstance(value, Tensor):
             self._rescale_rows_from(value.dtype)
+            if self.slots_in_use < self.shard_size and not self._fits():
+                self._capacity_in_use = self.capacity
         self._note_identities()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -452,13 +521,13 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
 
     def _refuse_more_than_fit(self, labels: Tensor) -> None:
         """Raise on every rank alike if there are more identities of one owner than it has slots."""
-        if self.ranks.alone or labels.shape[0] <= self.shard_size:  # values are read back only where it may happen
+        if self.ranks.alone or labels.shape[0] <= self.slots_in_use:  # values are read back only where it may happen
             return
         most = owners(labels[labels >= 0].unique(), self.ranks.size).bincount(minlength=self.ranks.size)
-        if int(most.max()) > self.shard_size:
+        if int(most.max()) > self.slots_in_use:
             raise ValueError(
-                f"labels must hold at most {self.shard_size} identities of one owner, the slots of its shard "
-                f"(capacity {self.capacity} over {self.ranks.size} ranks), got {int(most.max())} that rank "
+                f"labels must hold at most {self.slots_in_use} identities of one owner, the slots of its shard "
+                f"(capacity {self.capacity_in_use} over {self.ranks.size} ranks), got {int(most.max())} that rank "
                 f"{int(most.argmax())} owns"
             )
 
@@ -466,6 +535,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         """Return what has to be alike on all ranks, by name."""
         return {
             "capacity": self.capacity,
+            "capacity_in_use": self.capacity_in_use,
             "embedding_dim": self.embedding_dim,
             "the memory's dtype": self.prototypes.dtype,
             "refresh_ratio": self.refresh_ratio,

@@ -62,8 +62,10 @@ class Display(Observer):
         """Show the step, and write the step to TensorBoard."""
         self._smooth = step.loss if not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
         self._steps.show(step, self._smooth)
-        for name, value in zip(step._fields[1:], step[1:], strict=True):
-            self._writer.add_scalar(f"train/{name}", value, step.number)
+        for name in ("loss", "learning_rate", "occupancy", "gradient_norm"):
+            self._writer.add_scalar(f"train/{name}", getattr(step, name), step.number)
+        if step.health is not None:
+            step.health.write(self._writer, step.number)
 
     def validated(self, step: int, validations: Validations) -> None:
         """Say how good the encoder is, and write it to TensorBoard."""

@@ -279,7 +279,7 @@ class PartialFC_V2(MarginSoftmaxLoss):  # noqa: N801  # insightface's name
         """
         count = max(self.num_sample, 1)
         if len(targets) > count:  # only then can the targets be too many, and only then their number is read back
-            positive = targets[targets >= 0].unique()
+            positive: Tensor = targets[targets >= 0].unique()
             if len(positive) > count:
                 self.weight_index = positive
                 return positive

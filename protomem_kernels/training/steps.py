@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from protomem_kernels.distributed.ranks import ALONE, Group, Ranks
+from protomem_kernels.health import Health
 from protomem_kernels.losses import PrototypeMemoryLoss
 from protomem_kernels.training.augmentation import augment
 from protomem_kernels.training.checkpoints import check_like
@@ -35,6 +36,9 @@ BETAS = (0.9, 0.99)  # of AdamW
 LONGEST_GRADIENT = 5.0  # norm of the encoder's, which is clipped to it
 
 
+HEALTH_EVERY = 50  # steps; the one that is looked at takes one more pass over the memory
+
+
 class Step(NamedTuple):
     """What one step has to say."""
 
@@ -43,6 +47,7 @@ class Step(NamedTuple):
     learning_rate: float
     occupancy: float  # share of the memory's slots in use
     gradient_norm: float
+    health: Health | None = None  # of the head, now and then
 
 
 def stream(seed: int, purpose: str, step: int = 0) -> int:
@@ -146,6 +151,9 @@ class Training:
         self.encoder.train()
         with self.precision.autocast():
             embeddings = self._embeddings(images)
+        looked_at = self.step % HEALTH_EVERY == 0
+        if looked_at:
+            self.loss.watch()
         loss = self.loss(embeddings.float(), labels)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -158,7 +166,8 @@ class Training:
             self.schedule.step()
         self.average.update_parameters(self.encoder)
         self.step += 1
-        return Step(self.step, loss.item(), rate, self.occupancy, norm.item())
+        health = self.loss.health() if looked_at else None
+        return Step(self.step, loss.item(), rate, self.occupancy, norm.item(), health)
 
     def _embeddings(self, images: Tensor) -> Tensor:
         try:

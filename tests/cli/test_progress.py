@@ -25,6 +25,8 @@ def test_events_hold_the_loss_of_every_step(tiny, tmp_path):
     events = EventAccumulator(str(tmp_path / "runs" / "events")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert events.Scalars("train/occupancy")[-1].value == 1.0
+    assert [event.step for event in events.Scalars("health/target_cosine")] == [1]  # the first of every fifty
+    assert events.Histograms("health/age")[0].histogram_value.num > 0
 
 
 def test_a_file_gets_lines_and_a_terminal_a_bar(tiny):
