@@ -13,6 +13,7 @@ import gc
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,6 +50,13 @@ def _reset_peak() -> int:
     except OSError:  # the peak so far stays in force; inputs are made in place, so it is near what is resident
         return _status("VmHWM")
     return _status("VmRSS")
+
+
+def peak_growth(function: Callable[[], object]) -> int:
+    """Return by how many bytes the resident set grows at most while ``function`` runs in this process, on the CPU."""
+    before = _reset_peak()
+    function()
+    return max(0, _status("VmHWM") - before)
 
 
 def main() -> None:

@@ -34,8 +34,6 @@ from protomem_kernels.training.unrecognizable import show_unrecognizable
 
 BETAS = (0.9, 0.99)  # of AdamW
 LONGEST_GRADIENT = 5.0  # norm of the encoder's, which is clipped to it
-
-
 HEALTH_EVERY = 50  # steps; the one that is looked at takes one more pass over the memory
 
 

@@ -50,6 +50,6 @@ def train(epochs: int = 6) -> tuple[int, list[float], pmk.PrototypeMemoryLoss]:
 
 if __name__ == "__main__":
     rank, losses, loss_fn = train()
-    print(f"rank {rank}: {losses[0]:.4f} to {losses[-1]:.4f}, {len(loss_fn.memory)} identities", flush=True)
+    print(f"\nrank {rank}: {losses[0]:.4f} to {losses[-1]:.4f}, {len(loss_fn.memory)} identities", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -86,4 +86,4 @@ def train(processes: int, folder: Path) -> tuple[pl.Trainer, Faces]:
 if __name__ == "__main__":
     trainer, module = train(int(sys.argv[1]), Path(sys.argv[2]))
     figures = {name: float(value) for name, value in trainer.logged_metrics.items()}
-    print(f"rank {trainer.global_rank}: {module.losses[0]:.4f} to {module.losses[-1]:.4f}, {figures}", flush=True)
+    print(f"\nrank {trainer.global_rank}: {module.losses[0]:.4f} to {module.losses[-1]:.4f}, {figures}", flush=True)
