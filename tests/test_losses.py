@@ -1006,3 +1006,12 @@ def test_a_grad_scaler_sees_an_overflow(mode):
     embeddings = (-1e-3 * directions).half().requires_grad_()
     (65536 * loss_fn(embeddings, torch.arange(4))).backward()
     assert torch.isinf(embeddings.grad).any()
+
+
+@pytest.mark.parametrize(
+    ("prototype_gradient", "names"), [("none", []), ("fresh", []), ("memory", ["memory.prototypes"])]
+)
+def test_only_learnable_prototypes_are_for_an_optimizer(prototype_gradient, names):
+    """Nothing else in a head over a memory has a learning rate."""
+    loss_fn = PrototypeMemoryLoss(4, 8, prototype_gradient=prototype_gradient)
+    assert [name for name, _ in loss_fn.named_parameters()] == names

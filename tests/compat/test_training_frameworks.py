@@ -1,4 +1,4 @@
-"""A loop in Lightning and one in Accelerate, on one process and on two, where these are installed."""
+"""The examples of a loop in Lightning and one with Accelerate, on one process and on two, where these are installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from protomem_kernels.compat.lightning import health_callback
 
 ROOT = Path(__file__).parents[2]
-LOOPS = {"lightning": "tests.compat.lightning_loop", "accelerate": "tests.compat.accelerate_loop"}
+LOOPS = {"lightning": "examples/lightning_loop.py", "accelerate": "examples/accelerate_loop.py"}
 
 
 def told(framework: str, processes: int, folder: Path) -> dict[int, str]:
     """Return what each process says of its run, by rank."""
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
-    command = ["-m", LOOPS[framework]]
+    command = [LOOPS[framework]]
     if framework == "lightning":
         command += [str(processes), str(folder)]
     elif processes > 1:
@@ -29,7 +29,7 @@ def told(framework: str, processes: int, folder: Path) -> dict[int, str]:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,8 @@
-"""Training with Accelerate, on any number of processes: under torchrun, ``-m tests.compat.accelerate_loop``.
+"""Prototype Memory with Accelerate, on any number of processes.
 
-Encoder and optimiser are prepared; the head stays outside, as it shares a memory of its own between the processes. The
+    torchrun --standalone --nproc-per-node=2 examples/accelerate_loop.py
+
+Needs accelerate. Encoder and optimiser are prepared; the head stays outside, as it shares a memory of its own between the processes. The
 sampler knows the processes by itself, whether its loader is prepared or not.
 """
 

@@ -1,6 +1,8 @@
-"""Training with Lightning, on any number of processes: ``python -m tests.compat.lightning_loop PROCESSES FOLDER``.
+"""Prototype Memory in Lightning, on any number of processes.
 
-The head lies in the module. With several processes it is made where the process group is there already
+    python examples/lightning_loop.py [processes] [folder]
+
+Needs lightning. The head lies in the module. With several processes it is made where the process group is there already
 (``configure_model``), and told to DistributedDataParallel, into which Lightning puts the module.
 """
 
@@ -84,6 +86,7 @@ def train(processes: int, folder: Path) -> tuple[pl.Trainer, Faces]:
 
 
 if __name__ == "__main__":
-    trainer, module = train(int(sys.argv[1]), Path(sys.argv[2]))
+    given = dict(enumerate(sys.argv))
+    trainer, module = train(int(given.get(1, 1)), Path(given.get(2, "runs/lightning")))
     figures = {name: float(value) for name, value in trainer.logged_metrics.items()}
     print(f"\nrank {trainer.global_rank}: {module.losses[0]:.4f} to {module.losses[-1]:.4f}, {figures}", flush=True)
