@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node=2 examples/accelerate_loop.py
 
-Needs accelerate. Encoder and optimiser are prepared; the head stays outside, as it shares a memory of its own between the processes. The
-sampler knows the processes by itself, whether its loader is prepared or not.
+Needs accelerate. Encoder and optimiser are prepared; the head stays outside, as it shares a memory of its own between
+the processes. The sampler knows the processes by itself, whether its loader is prepared or not.
 """
 
 from __future__ import annotations
