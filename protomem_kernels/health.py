@@ -97,9 +97,7 @@ class Health(NamedTuple):
 def health_of(memory: PrototypeMemory, watched: Watched | None) -> Health:
     """Return the health of a memory; over several ranks of all of it, and every rank calls."""
     ages = (memory.clock - memory.stamps)[memory.occupied]
-    bins = torch.where(ages > 0, ages.clamp(min=1).double().log2().floor().long() + 1, 0)
-    # A number just below a power of two may round up to it.
-    bins = bins - (ages < 2 ** (bins - 1).clamp(min=0)).long() * (ages > 0)
+    bins = ages.double().frexp().exponent  # 0 of 0, 1 of 1, 2 of 2 and 3, 3 of 4 to 7, ...
     slots = torch.tensor([memory.slots_in_use], device=ages.device)
     of_memory = torch.cat([slots, ages.sum()[None], bins.bincount(minlength=AGES)])
     largest = ages.max() if len(ages) else ages.new_zeros(())

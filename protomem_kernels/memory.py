@@ -331,18 +331,18 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
     @torch.no_grad()
     def lookup(self, labels: Tensor) -> Tensor:
         """Return the slot of each label (B,) int64, -1 where it is not in the memory or negative."""
-        labels, rows = self._shared_labels(labels)
+        labels, rows = self._shared_labels(labels, "lookup")
         return self._told_by_owners(find_slots(self.identities, labels), rows)
 
     @torch.no_grad()
     def prototypes_of(self, labels: Tensor) -> Tensor:
         """Return the prototype of each label (N,): (N, D), zeros where it is not in the memory."""
-        labels, rows = self._shared_labels(labels)
+        labels, rows = self._shared_labels(labels, "prototypes_of")
         slots = find_slots(self.identities, labels)
         known, found = slots >= 0, self.prototypes.index_select(0, slots.clamp(min=0))
         if not self.ranks.alone:
             known, found = self._queries_of_owners(known, found)
-        return rows.own(torch.where(known[:, None], found, 0))
+        return rows.own(torch.where(known[:, None], found, 0)).to(self.prototypes.dtype)
 
     @torch.no_grad()
     def doppelgangers(self, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -358,7 +358,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         """
         if self.ranks.alone:
             check_int("k", k, at_least=1)
-        labels, rows = self._shared_labels(labels, k)
+        labels, rows = self._shared_labels(labels, "doppelgangers", k)
         slots = find_slots(self.identities, labels)
         known, queries = slots >= 0, self.prototypes.index_select(0, slots.clamp(min=0))
         if not self.ranks.alone:
@@ -555,7 +555,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         rows = SharedRows(self.ranks, sizes)
         return gather_batch(rows, widened(embeddings), labels, weights, wire=embeddings.dtype, factor=1.0)
 
-    def _shared_labels(self, labels: Tensor, k: int | None = None) -> tuple[Tensor, Rows]:
+    def _shared_labels(self, labels: Tensor, call: str, k: int | None = None) -> tuple[Tensor, Rows]:
         """Check labels (B,), and ``k``, and return them (N,) with the other ranks'."""
 
         def check() -> Tensor:
@@ -570,7 +570,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
             self.identities.device,
             lambda: _on_device(check(), self.identities),
             len,
-            lambda _: {"the call": "lookup" if k is None else "doppelgangers", **self.settings(), "k": k},
+            lambda _: {"the call": call, **self.settings(), "k": k},
         )
         rows = SharedRows(self.ranks, sizes)
         return rows.gather(checked.long()), rows

@@ -35,7 +35,8 @@ class HeadSchedule:
             take.
 
     ``state_dict()`` is the step alone: the functions are code. ``load_state_dict`` sets the options of the step that it
-    gets; it may be called before or after the head's own, and training goes on bit for bit.
+    gets; it may be called before or after the head's own, and training goes on bit for bit. On another number of ranks
+    the head comes first.
 
     Example:
         >>> loss_fn = PrototypeMemoryLoss(embedding_dim=2, capacity=100)
