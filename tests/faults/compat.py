@@ -6,8 +6,8 @@ FAULTS = [
     Fault(
         "insightface's ArcFace is differentiated",
         "compat/insightface.py",
-        'straight_through=self.gradient == "straight_through"',
-        "straight_through=False",
+        'return ArcFaceMargin(float(self.m2), straight_through=self.gradient == "straight_through")',
+        "return ArcFaceMargin(float(self.m2))",
         "tests/compat/test_insightface.py::test_ten_steps_of_training_are_insightfaces",
     ),
     Fault(
