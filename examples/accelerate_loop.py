@@ -31,7 +31,8 @@ def train(epochs: int = 6) -> tuple[int, list[float], pmk.PrototypeMemoryLoss]:
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
     loss_fn = pmk.PrototypeMemoryLoss(DIM, 40, scale=16.0, process_group=group)
-    accelerator.register_for_checkpointing(loss_fn)
+    if group is None:  # several shards are saved by pmk.distributed.save: Accelerate keeps the first process's alone
+        accelerator.register_for_checkpointing(loss_fn)
 
     torch.manual_seed(1)
     labels = torch.arange(IDENTITIES).repeat_interleave(8)
