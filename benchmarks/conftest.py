@@ -19,7 +19,7 @@ from benchmarks.inputs import IDENTITIES, REGIMES, SIZES, Problem, Size
 from benchmarks.peers import OURS, PEERS, Peer, our_peer
 
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS_ON = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS_ON = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "chunked", "reference")}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

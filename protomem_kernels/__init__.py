@@ -3,6 +3,7 @@
 from protomem_kernels import distributed
 from protomem_kernels.backends.choice import explain, use_backend
 from protomem_kernels.health import Health
+from protomem_kernels.backends.precision import matmul_precision
 from protomem_kernels.losses import DSoftmaxLoss, MarginSoftmaxLoss, PrototypeMemoryLoss, PrototypeMemoryStats
 from protomem_kernels.margins import (
     AdaFace,
@@ -71,6 +72,7 @@ __all__ = [
     "hardest_negatives",
     "margin_softmax_logits",
     "margin_softmax_loss",
+    "matmul_precision",
     "use_backend",
     "warm_start",
     "warm_up",

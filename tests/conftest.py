@@ -92,7 +92,7 @@ NOT_COVERED = (
     "tests/fuzz/",
     "tests/gpu_check/",
 )
-COVERED_IN_THE_INTERPRETER = ("tests/backends/triton/", "tests/ops/test_registration.py")
+COVERED_IN_THE_INTERPRETER = ("tests/backends/triton/", "tests/backends/chunked/", "tests/ops/test_registration.py")
 COVERED_CASES = 4  # of each test: the others differ in numbers
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from protomem_kernels import PrototypeMemory, use_backend
 from tests import oracles
-from tests.ops.cases import each_backend, interpreted
+from tests.ops.cases import each_backend_of_batches, interpreted
 
 POLICIES = pytest.mark.parametrize("policy", ["fifo", "lru"])
 HUGE = 2**63 - 1
@@ -34,7 +34,7 @@ def filled(capacity=6, dim=4, *, steps=3, **kwargs):
     return memory
 
 
-@each_backend
+@each_backend_of_batches
 @POLICIES
 @pytest.mark.parametrize("ratio", [0.2, 0.0, 1.0])
 @pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32])
@@ -55,7 +55,7 @@ def test_update_and_lookup_are_those_of_the_list(backend, policy, ratio, labels_
         assert len(memory) == sum(i >= 0 for i in model.identity)
 
 
-@each_backend
+@each_backend_of_batches
 @POLICIES
 def test_weights_shape_the_prototypes(backend, policy):
     memory = PrototypeMemory(20, 5, policy=policy, dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_a_state_dict_of_another_capacity_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @POLICIES
-@each_backend
+@each_backend_of_batches
 def test_every_dtype_keeps_unit_rows(backend, dtype, policy):
     memory = PrototypeMemory(10, 16, dtype=dtype, policy=policy)
     model = oracles.DictMemory(10, 16, policy=policy)

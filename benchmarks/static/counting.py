@@ -27,8 +27,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.static.ordering import unordered
-from protomem_kernels.backends.triton import specimens as described
+from protomem_kernels.backends.chunked import specimens as of_chunked
+from protomem_kernels.backends.triton import specimens as of_triton
 from protomem_kernels.backends.triton.specimens import Specimen
+
+DESCRIBED = (of_triton, of_chunked)  # folders whose modules describe kernels
 
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 LOCAL = re.compile(r"(LDL|STL)\b")
@@ -83,8 +86,9 @@ class Count:
 def kernel_modules() -> list[str]:
     """Return the modules of the package that describe kernels; none is imported."""
     return [
-        f"{described.__name__}.{file.stem}"
-        for file in sorted(Path(described.__file__).parent.glob("*.py"))
+        f"{folder.__name__}.{file.stem}"
+        for folder in DESCRIBED
+        for file in sorted(Path(folder.__file__).parent.glob("*.py"))
         if file.stem != "__init__"
     ]
 

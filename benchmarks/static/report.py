@@ -12,7 +12,7 @@ from benchmarks.static.gpus import GPUS, LIMITS
 from protomem_kernels.backends.triton.specimens import CENTRE
 from protomem_kernels.training.files import written_whole
 
-OURS = "protomem_kernels.backends.triton.specimens."
+OURS = "protomem_kernels.backends."
 TABLE, PLOT = "static.md", "static.png"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 

@@ -7,34 +7,64 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from protomem_kernels._switches import is_on
 from protomem_kernels._torch import has_stashed, stash, stashed
-from protomem_kernels.backends import cpu, cuda, reference, triton
-from protomem_kernels.backends.operators import BATCH, FUNCTIONS, OPERATORS
+from protomem_kernels.backends import chunked, cpu, cuda, precision, rates, reference, trial, triton
+from protomem_kernels.backends.operators import BATCH, FUNCTIONS, MEMORY, OPERATORS
 from protomem_kernels.backends.protocol import Backend, Kernel
-from protomem_kernels.backends.self_check import known_objection, objection
+from protomem_kernels.backends.self_check import capturing, known_objection, narrowest, objection
 
 # In the order of preference; the reference serves every device and comes last.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
+    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, chunked.BACKEND, cpu.BACKEND, reference.BACKEND)
 }
 
 _IN_ORDER = tuple(BACKENDS)
 _TRITON_FIRST = tuple(sorted(BACKENDS, key=lambda name: name != "triton"))
 
 
-def preference(operator: str) -> tuple[str, ...]:
+def preference(operator: str, tensors: Sequence[Tensor] = (), architecture: int | None = None) -> tuple[str, ...]:
     """Return the backends' names in the order in which they are asked to serve the operator.
 
-    Small operators want a quick launch, which CUDA C++ has; the others the newest tensor cores, which Triton uses.
+    Small operators want a quick launch, which CUDA C++ has. For the others it is the predicted time of their products
+    on the tensors' GPU, or on one of this architecture (``rates``); where neither is known, Triton comes first.
     """
-    return _IN_ORDER if OPERATORS.get(operator) == BATCH else _TRITON_FIRST
+    if OPERATORS.get(operator) == BATCH:
+        return _IN_ORDER
+    if architecture is None and tensors and tensors[0].is_cuda:
+        architecture = _architecture(tensors[0].device)
+    matrices = [tensor for tensor in tensors if tensor.ndim == 2 and tensor.dtype.is_floating_point]
+    if architecture is None or not matrices or OPERATORS.get(operator) != MEMORY:
+        return _TRITON_FIRST
+    return _by_time(operator, narrowest(tensors), matrices[-1].shape[1], architecture, precision.in_force())
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_time(operator: str, dtype: torch.dtype, dim: int, architecture: int, held: str) -> tuple[str, ...]:
+    """Return the backends in the order of predicted times, equal ones and those without one as ever.
+
+    The precision ``held`` is in force; it is a part of the key.
+    """
+    times = {
+        name: rates.predicted(name, backend.products(operator, dtype, dim, architecture), architecture)
+        for name, backend in BACKENDS.items()
+    }
+    return tuple(sorted(_TRITON_FIRST, key=lambda name: times[name]))
 
 
 _wanted: ContextVar[str | None] = ContextVar("protomem_backend", default=None)
@@ -90,7 +120,7 @@ def explain(operator: str, *tensors: Tensor, architecture: int | None = None) ->
         names = ", ".join(sorted({*OPERATORS, *FUNCTIONS}))
         raise ValueError(f"operator must be one of {names}, got {operator!r}")
     chosen, wanted, choices = False, in_force(), []
-    for name in preference(operator):
+    for name in preference(operator, tensors, architecture):
         backend = BACKENDS[name]
         if architecture is None:
             reason = _reason(backend, operator, tensors)
@@ -103,14 +133,18 @@ def explain(operator: str, *tensors: Tensor, architecture: int | None = None) ->
     return choices
 
 
-def select(operator: str, tensors: Sequence[Tensor]) -> Kernel:
-    """Return the kernel that serves the call.
+def select(operator: str, tensors: Sequence[Tensor], args: Sequence[Any] | None = None) -> Kernel:
+    """Return the kernel that serves the call; its arguments are needed to find the fastest by trial.
 
     Raises:
         RuntimeError: the backend asked for by ``use_backend`` cannot; the message lists every backend's reason.
     """
     wanted = in_force()
-    for name in preference(operator) if wanted is None else (wanted,):
+    if wanted is None and args is not None and may_be_tried(operator, tensors):
+        names: Sequence[str] = _by_trial(operator, tensors, args)
+    else:
+        names = preference(operator, tensors) if wanted is None else (wanted,)
+    for name in names:
         backend = BACKENDS[name]
         if backend.unavailable() is not None:
             if wanted is None:
@@ -123,6 +157,27 @@ def select(operator: str, tensors: Sequence[Tensor]) -> Kernel:
             return kernel
     listing = "\n  ".join(f"{name:<10} {_reason(b, operator, tensors) or 'could'}" for name, b in BACKENDS.items())
     raise RuntimeError(f"backend {wanted!r} cannot serve {operator}:\n  {listing}")
+
+
+def may_be_tried(operator: str, tensors: Sequence[Tensor]) -> bool:
+    """Say whether the engines are to be timed: on a GPU, outside capture, if PROTOMEM_AUTOTUNE=1 asks for it."""
+    on_a_gpu = bool(tensors) and tensors[0].is_cuda and OPERATORS.get(operator) == MEMORY
+    return on_a_gpu and is_on("PROTOMEM_AUTOTUNE") and not capturing(tensors[0].device)
+
+
+def _by_trial(operator: str, tensors: Sequence[Tensor], args: Sequence[Any]) -> tuple[str, ...]:
+    """Return the backends, those that could serve in the order of measured times, the reference and others after."""
+    predicted = preference(operator, tensors)
+    engines = {}
+    for name in predicted:
+        backend = BACKENDS[name]
+        kernel = backend.kernel(operator) if backend.unavailable() is None else None
+        if name == "reference" or kernel is None or backend.refuses(operator, tensors) is not None:
+            continue
+        if not backend.needs_check(tensors) or _objection(backend, operator, kernel, tensors) is None:
+            engines[name] = functools.partial(kernel, *args)
+    fastest = trial.order(operator, narrowest(tensors), tensors, engines) if len(engines) > 1 else list(engines)
+    return (*fastest, *(name for name in predicted if name not in fastest))
 
 
 def _objection(backend: Backend, operator: str, kernel: Kernel, tensors: Sequence[Tensor]) -> str | None:
@@ -147,7 +202,7 @@ def use_backend(name: str) -> Iterator[None]:
     each may have its own: enter it there, or start them with ``contextvars.copy_context().run``.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda".
+        name: "reference", "cpu", "chunked", "triton" or "cuda".
 
     Raises:
         ValueError: there is no such backend.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from protomem_kernels.backends.native import FOLDER, NativeBackend, why_not_built
-from protomem_kernels.backends.operators import BATCH, MEMORY, OPERATORS, file_of
+from protomem_kernels.backends.operators import BATCH, MEMORY, OPERATORS, file_of, is_backward
+from protomem_kernels.backends.rates import HALF, TF32, Products
 
 LIBRARY = FOLDER / "_C_cuda.so"
 LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KiB for a block
@@ -97,6 +98,16 @@ class CudaBackend(NativeBackend):
             return None
         names = ", ".join(f"sm_{name}" for name in BUILD.architectures)
         return f"for {names} and newer, by {BUILD.compiler}, against torch {BUILD.torch_version}"
+
+    def products(self, operator: str, dtype: torch.dtype, dim: int, architecture: int) -> Products | None:
+        """Return the products that a call forms on a GPU, whatever precision is in force."""
+        if dtype == torch.float64:
+            return None
+        if dtype == torch.float32:
+            return Products(6 if file_of(operator) == "negative_logsumexp" or is_backward(operator) else 3, TF32)
+        cosines = 3 if dtype == torch.bfloat16 else 2  # exact to float32
+        count = {"negative_logsumexp": 3, "negative_logsumexp_backward_": 3, "margin_softmax_logits_backward": 2}
+        return Products(count.get(operator, cosines), HALF)
 
     def on_gpu(self, operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:
         """Return why such tensors on a GPU of this compute capability, 90 for 9.0, could not be served, or None."""

@@ -22,6 +22,15 @@ PROBLEMS: dict[str, Callable[[torch.dtype], Iterable[Sequence[Any]]]] = {}
 FUNCTIONS: dict[str, str] = {}
 
 
+def is_backward(operator: str) -> bool:
+    """Say whether an operator is another one's backward pass.
+
+    >>> is_backward("enqueue_"), is_backward("negative_logsumexp_backward_")
+    (False, True)
+    """
+    return operator.removesuffix("_").endswith("_backward")
+
+
 def file_of(operator: str) -> str:
     """Return the name of the file that holds an operator in every layer: its own, without what marks its variants.
 

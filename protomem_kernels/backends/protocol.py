@@ -10,9 +10,11 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from protomem_kernels.backends.operators import OPERATORS, file_of
+from protomem_kernels.backends.rates import Products
 
 Kernel: TypeAlias = Callable[..., Any]
 
@@ -70,6 +72,17 @@ class Backend:
         With what is installed here, wherever the tensors are and whatever GPU there is at hand. Default: they could.
         """
         return None if self.kernel(operator) else f"has no kernel for {operator}"
+
+    def products(self, operator: str, dtype: torch.dtype, dim: int, architecture: int) -> Products | None:
+        """Return the products of matrices that a call forms on a GPU, or None if it is not known. Default: it is not.
+
+        Args:
+            operator: one that works through the whole memory.
+            dtype: the narrowest of the call's tensors.
+            dim: D.
+            architecture: compute capability, 90 for 9.0.
+        """
+        return None
 
     def built(self) -> str | None:
         """Return how what is compiled of it was built, whether or not that can be used here. Default: None is."""

@@ -22,6 +22,7 @@ from protomem_kernels._switches import value_of
 from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends import verdicts
 from protomem_kernels.backends.operators import PROBLEMS
+from protomem_kernels.backends.precision import HIGHEST, matmul_precision
 from protomem_kernels.backends.protocol import Backend, Kernel
 from protomem_kernels.backends.verdicts import Verdict
 
@@ -108,7 +109,7 @@ def check(operator: str, kernel: Kernel, reference: Kernel, dtype: torch.dtype, 
 
     def run() -> None:
         try:
-            with torch.no_grad(), _on(device):
+            with torch.no_grad(), matmul_precision(HIGHEST), _on(device):
                 for number, args in enumerate(PROBLEMS[operator](dtype)):
                     there = placed(args, device)
                     wanted, got = outcome(reference, there), outcome(kernel, there)

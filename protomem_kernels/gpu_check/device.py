@@ -40,8 +40,8 @@ def environment() -> Mapping[str, str]:
 
 def backends() -> list[str]:
     """Return the backends to check on the device, the ones made for it first."""
-    names = ["cpu", "reference"] if stands_in() else ["triton", "cuda", "reference"]
-    others = [name for name in BACKENDS if name not in (*names, "cpu", "triton", "cuda")]
+    names = ["cpu", "reference"] if stands_in() else ["triton", "chunked", "cuda", "reference"]
+    others = [name for name in BACKENDS if name not in (*names, "cpu", "triton", "chunked", "cuda")]
     return [name for name in (*others, *names) if name in BACKENDS and BACKENDS[name].unavailable() is None]
 
 

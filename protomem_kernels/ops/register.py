@@ -97,7 +97,7 @@ def register(
             check_values(*args)
         if once_per_step and within_backward():
             raise RuntimeError(WITHIN_BACKWARD.format(name=name))
-        kernel = select(name, tensors)
+        kernel = select(name, tensors, args)
         if written:  # before the kernel: one that fails half-way has written too
             raise_versions([args[place] for place in written if args[place] is not None])
         if not any_autocast():

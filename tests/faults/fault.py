@@ -17,4 +17,4 @@ class Fault(NamedTuple):
     @property
     def in_triton(self) -> bool:
         """Whether the fault is in a Triton kernel, which its tests run in the interpreter."""
-        return self.file.startswith("backends/triton/")
+        return self.file.startswith(("backends/triton/", "backends/chunked/"))

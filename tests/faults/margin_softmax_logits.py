@@ -7,6 +7,20 @@ TRITON = "backends/triton/margin_softmax_logits.py"
 T_LOGITS = "tests/ops/test_margin_softmax_logits.py"
 
 FAULTS = [
+    Fault(
+        "embeddings rounded to the memory's dtype in logits of chunks",
+        "backends/chunked/margin_softmax_logits.py",
+        "factor, lift = factor_of(x, prototypes, precision.parts(dtype))",
+        "factor, lift = factor_of(x, prototypes, 1)",
+        "tests/backends/chunked/test_chunks.py::test_the_other_operators",
+    ),
+    Fault(
+        "a chunk's gradient not added to that of the chunks before",
+        "backends/chunked/products.py",
+        "out.addmm_(a.to(out.dtype), b.to(out.dtype))",
+        "out.copy_(a.to(out.dtype) @ b.to(out.dtype))",
+        "tests/backends/chunked/test_chunks.py::test_the_other_operators",
+    ),
     Fault("margin not written", REFERENCE, "put_in_tile_(values, targets - start, target_logits)", "pass", T_LOGITS),
     Fault("target's gradient counted twice", REFERENCE, "put_in_tile_(g, targets - start, 0.0)", "pass", T_LOGITS),
     Fault("hard negatives' slope missing", REFERENCE, "g = g if slope is None else g * slope", "pass", T_LOGITS),

@@ -5,8 +5,12 @@ from tests.faults.fault import Fault
 REFERENCE = "backends/reference/negative_logsumexp.py"
 TILES_OF_THE_MEMORY = "backends/reference/_rows.py"
 TRITON = "backends/triton/logsumexp_stream.py"
+TRITON_SAMPLES = "backends/triton/logsumexp_samples.py"
 TRITON_TILES = "backends/triton/tiles.py"
 TRITON_CHOSEN = "backends/triton/chosen_rows.py"
+CHUNKED = "backends/chunked/negative_logsumexp.py"
+WEIGHTS = "backends/chunked/weights.py"
+T_CHUNKS = "tests/backends/chunked/test_chunks.py::test_negative_logsumexp"
 T_TRITON = "tests/backends/triton/test_negative_logsumexp.py"
 T_BLOCKS = f"{T_TRITON}::test_small_blocks"
 T_LOSS = "tests/ops/test_margin_softmax_loss.py"
@@ -163,14 +167,14 @@ FAULTS = [
     ),
     Fault(
         "last split dropped",
-        TRITON,
+        TRITON_SAMPLES,
         "for split in range(splits):\n        line = tl.cast(split, tl.int64) * batch + rows\n        weight",
         "for split in range(splits - 1):\n        line = tl.cast(split, tl.int64) * batch + rows\n        weight",
         T_BLOCKS,
     ),
     Fault(
         "splits added without their maxima",
-        TRITON,
+        TRITON_SAMPLES,
         'weight = tl.exp2(tl.load(maxima_ptr + line, mask=keep, other=float("-inf")) - shift)',
         'weight = tl.exp2(tl.load(maxima_ptr + line, mask=keep, other=float("-inf")) * 0)',
         T_BLOCKS,
@@ -198,8 +202,8 @@ FAULTS = [
     ),
     Fault(
         "what the halves leave of x not counted",
-        TRITON,
-        "n += tl.sum((x - high / LIFT - low / LIFT) * o, axis=1)",
+        TRITON_SAMPLES,
+        "n += tl.sum(rest * o, axis=1)",
         "pass",
         f"{T_TRITON}::test_16_bit_factors_cost_n_no_accuracy",
     ),
@@ -223,6 +227,32 @@ FAULTS = [
         "while current == slot:",
         "while (current == slot) & (position == entry):",
         f"{T_LOSS}::test_gradcheck_of_the_heavy_operator",
+    ),
+    Fault(
+        "target not excluded from a chunk",
+        WEIGHTS,
+        'y = tl.where(present[None, :] & (slots[None, :] != targets[:, None]), y, float("-inf"))',
+        'y = tl.where(present[None, :], y, float("-inf"))',
+        T_CHUNKS,
+    ),
+    Fault(
+        "sums of the chunks before not rescaled", WEIGHTS, "total = total * rescale", "total = total * 1.0", T_CHUNKS
+    ),
+    Fault("the low part of x not added", WEIGHTS, "for part in tl.static_range(1, PARTS)", "for part in []", T_CHUNKS),
+    Fault(
+        "o of the chunks before not rescaled",
+        CHUNKED,
+        "moment[block].mul_(of.rescale[:, None])",
+        "pass",
+        T_CHUNKS,
+    ),
+    Fault("sums of a chunk forgotten", CHUNKED, "                of.turn()\n", "", T_CHUNKS),
+    Fault(
+        "rows of empty slots multiplied as they stand",
+        "backends/chunked/products.py",
+        "return rows if occupied is None else torch.where(occupied[:, None], rows, 0)",
+        "return rows",
+        T_CHUNKS,
     ),
     Fault("row's own part left in its gradient", TRITON, "c = along * inverse / scale", "c = along * 0.0", T_BLOCKS),
 ]

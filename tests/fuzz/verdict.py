@@ -9,7 +9,11 @@ from torch import Tensor
 
 from tests.fuzz.draw import Draw, accumulation
 
-GPU_KERNELS = ("cuda", "triton")  # their products are of the coarser of two dtypes, as tensor cores have them
+GPU_KERNELS = (
+    "cuda",
+    "triton",
+    "chunked",
+)  # their products are of the coarser of two dtypes, as tensor cores have them
 Values = dict[str, Tensor]
 Oracle = Callable[..., Values]  # tensors of one dtype -> what is right, in that dtype
 

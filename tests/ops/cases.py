@@ -33,14 +33,17 @@ GPU = "cuda" if torch.cuda.is_available() and not triton.interpreted() else STAN
 ON_GPU = [name for name in BACKENDS if GPU and name != "cpu" and BACKENDS[name].unavailable() is None]
 
 
+IN_TRITON = ("triton", "chunked")  # backends whose kernels, or some of them, are Triton's
+
+
 def interpreted(backend: str) -> bool:
     """Say whether the backend is interpreted here, so that a test had better be small."""
-    return backend == "triton" and triton.interpreted()
+    return backend in IN_TRITON and triton.interpreted()
 
 
 def marks_of(backend: str) -> list[pytest.MarkDecorator]:
     """Return the marks of a test on that backend: ``-m triton`` selects what the interpreter has to run."""
-    return [pytest.mark.triton] if backend == "triton" else []
+    return [pytest.mark.triton] if backend in IN_TRITON else []
 
 
 # What a test is called -> (backend, marks). With the mark "gpu", tensors are made on the GPU (tests/conftest.py).
@@ -48,9 +51,17 @@ PLACES: dict[str, tuple[str, list[pytest.MarkDecorator]]] = {
     **{name: (name, marks_of(name)) for name in AVAILABLE},
     **{f"{name}_on_gpu": (name, [pytest.mark.gpu]) for name in ON_GPU},
 }
-each_backend = pytest.mark.parametrize(
-    "backend", [pytest.param(backend, marks=marks, id=name) for name, (backend, marks) in PLACES.items()]
-)
+
+
+def over(places: dict[str, tuple[str, list[pytest.MarkDecorator]]]) -> pytest.MarkDecorator:
+    """Run a test on each of these."""
+    params = [pytest.param(backend, marks=marks, id=name) for name, (backend, marks) in places.items()]
+    return pytest.mark.parametrize("backend", params)
+
+
+each_backend = over(PLACES)
+# For an operator on a batch alone, for which "chunked" has the kernels of "triton".
+each_backend_of_batches = over({name: place for name, place in PLACES.items() if place[0] != "chunked"})
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 

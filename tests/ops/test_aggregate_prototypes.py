@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import protomem_kernels as pmk
-from tests.ops.cases import assert_as_close_as, each_backend, each_dtype, far_apart, interpreted, strided
+from tests.ops.cases import assert_as_close_as, each_backend_of_batches, each_dtype, far_apart, interpreted, strided
 from tests.ops.properties import given, settings, st
 
 LAST = 2**63 - 1
@@ -37,7 +37,7 @@ def model(
     return sorted(samples), sums, mass
 
 
-@each_backend
+@each_backend_of_batches
 def test_worked_example(backend: str) -> None:
     e = torch.tensor([[2.0, 0.0], [0.0, 5.0], [0.0, -3.0], [1.0, 0.0], [9.0, 9.0]])
     labels = torch.tensor([7, 7, 2, 7, -1])
@@ -50,7 +50,7 @@ def test_worked_example(backend: str) -> None:
     torch.testing.assert_close(result.prototypes, torch.tensor([[0.0, -1.0], [0.6, 0.8]]))
 
 
-@each_backend
+@each_backend_of_batches
 @each_dtype
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("batch", "dim", "people"), [(0, 3, 1), (1, 1, 1), (37, 13, 1), (64, 33, 9), (50, 5, 50)])
@@ -77,7 +77,7 @@ def test_matches_the_definition(
         assert result.prototypes.shape == (0, dim)
 
 
-@each_backend
+@each_backend_of_batches
 def test_embeddings_past_two_to_the_31_elements(backend: str) -> None:
     near = torch.randn(5, 6).bfloat16()
     far = far_apart(near)
@@ -93,7 +93,7 @@ def test_embeddings_past_two_to_the_31_elements(backend: str) -> None:
         torch.testing.assert_close(ours, expected)
 
 
-@each_backend
+@each_backend_of_batches
 def test_max_identities_pads(backend: str) -> None:
     e = torch.randn(5, 4)
     labels = torch.tensor([LAST, 3, -1, 3, LAST - 1])
@@ -109,7 +109,7 @@ def test_max_identities_pads(backend: str) -> None:
     assert not padded.mass[3:].any()
 
 
-@each_backend
+@each_backend_of_batches
 @pytest.mark.parametrize("none_left", [0, 3])
 def test_no_identities_at_all(backend: str, none_left: int) -> None:
     with pmk.use_backend(backend):
@@ -118,7 +118,7 @@ def test_no_identities_at_all(backend: str, none_left: int) -> None:
     assert result.index.tolist() == [-1] * none_left
 
 
-@each_backend
+@each_backend_of_batches
 def test_zero_weights_count_equally(backend: str) -> None:
     e = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     with pmk.use_backend(backend):
@@ -127,7 +127,7 @@ def test_zero_weights_count_equally(backend: str) -> None:
     assert result.mass.tolist() == [0.0, 3.0]
 
 
-@each_backend
+@each_backend_of_batches
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_broken_row_is_zero_and_touches_no_other(backend: str, poison: float, normalize: bool) -> None:
@@ -149,7 +149,7 @@ def test_a_broken_row_is_zero_and_touches_no_other(backend: str, poison: float, 
     assert not e.grad[[2, 3, 5]].any()
 
 
-@each_backend
+@each_backend_of_batches
 @pytest.mark.parametrize(("remainder", "exists"), [(1e-7, False), (1e-5, True)])
 def test_almost_antipodal_images_have_no_direction(backend: str, remainder: float, exists: bool) -> None:
     e = torch.tensor([[1.0, 0.0], [-1.0, remainder]], dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_almost_antipodal_images_have_no_direction(backend: str, remainder: floa
     assert bool(result.prototypes.any()) is exists
 
 
-@each_backend
+@each_backend_of_batches
 def test_huge_and_tiny_embeddings_keep_their_direction(backend: str) -> None:
     e = torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [0.0, 0.0]])
     with pmk.use_backend(backend):
@@ -170,7 +170,7 @@ def test_huge_and_tiny_embeddings_keep_their_direction(backend: str) -> None:
 SIZES = [1.0, 1e-37, 1e-30, 1e-24, 1e-20, 1e18, 1e19, 1e24, 1e37]
 
 
-@each_backend
+@each_backend_of_batches
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dim", [1, 4, 33])
 def test_no_length_and_no_weight_is_too_large_or_too_small(backend: str, normalize: bool, dim: int) -> None:
@@ -199,7 +199,7 @@ def test_no_length_and_no_weight_is_too_large_or_too_small(backend: str, normali
         torch.testing.assert_close(grad.double() * lengths.double(), tangent, rtol=1e-4, atol=3e-6)
 
 
-@each_backend
+@each_backend_of_batches
 def test_a_weights_gradient_beyond_the_range_has_a_sign(backend: str) -> None:
     """A huge image that counts for nothing beside a tiny one: x_i . u_c is in range, x_i / |m_c| is not."""
     e = torch.tensor([[3e19, 4e19, 1e19], [3e-20, 1e-20, 2e-20]])
@@ -216,7 +216,7 @@ def test_a_weights_gradient_beyond_the_range_has_a_sign(backend: str) -> None:
         assert abs(grad[1]) < 1e-2  # what is along the sum alone turns nothing
 
 
-@each_backend
+@each_backend_of_batches
 def test_float16_gradients_stay_in_range(backend: str) -> None:
     e = torch.tensor([[6e-6, -3e-6], [1.0, 2.0], [1e-5, 1e-5]]).half().requires_grad_()
     weights = torch.tensor([1.0, 1.0, 6e-8]).half().requires_grad_()
@@ -232,7 +232,7 @@ def test_float16_gradients_stay_in_range(backend: str) -> None:
         torch.testing.assert_close(ours.float(), wide.clamp(-65504, 65504), rtol=2e-3, atol=1e-3)
 
 
-@each_backend
+@each_backend_of_batches
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_gradcheck(backend: str, normalize: bool, weighted: bool) -> None:
@@ -249,7 +249,7 @@ def test_gradcheck(backend: str, normalize: bool, weighted: bool) -> None:
     assert torch.autograd.gradcheck(call, (e, q))
 
 
-@each_backend
+@each_backend_of_batches
 def test_zero_mass_and_zero_embeddings_pass_zero_gradient(backend: str) -> None:
     e = torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     q = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
@@ -263,7 +263,7 @@ def test_zero_mass_and_zero_embeddings_pass_zero_gradient(backend: str) -> None:
     assert not q.grad.any()
 
 
-@each_backend
+@each_backend_of_batches
 def test_double_backward_raises(backend: str) -> None:
     e = torch.randn(3, 2, requires_grad=True)
     with pmk.use_backend(backend):
@@ -273,7 +273,7 @@ def test_double_backward_raises(backend: str) -> None:
         grad.sum().backward()
 
 
-@each_backend
+@each_backend_of_batches
 def test_repeats_are_bit_equal_and_in_batch_order(backend: str) -> None:
     size = 80 if interpreted(backend) else 500  # one interpreted program per sample
     e = torch.randn(size, 32)
@@ -288,7 +288,7 @@ def test_repeats_are_bit_equal_and_in_batch_order(backend: str) -> None:
     assert torch.equal(renamed.prototypes[order], first.prototypes)
 
 
-@each_backend
+@each_backend_of_batches
 @settings(max_examples=60, deadline=None)
 @given(
     labels=st.lists(st.sampled_from([-(2**63), -1, 0, 1, 5, LAST - 1, LAST]), max_size=12),

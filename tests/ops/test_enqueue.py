@@ -11,7 +11,7 @@ import torch
 import protomem_kernels as pmk
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops.enqueue import POLICIES
-from tests.ops.cases import PLACES, each_backend, far_apart, interpreted, strided
+from tests.ops.cases import PLACES, each_backend_of_batches, far_apart, interpreted, strided
 from tests.ops.properties import RuleBasedStateMachine, initialize, invariant, precondition, rule, settings, st
 
 LAST = 2**63 - 1
@@ -179,7 +179,7 @@ globals().update(
 )
 
 
-@each_backend
+@each_backend_of_batches
 def test_worked_example(backend: str) -> None:
     state = pmk.MemoryState.empty(3, 2)
     eye = torch.eye(2)
@@ -198,7 +198,7 @@ def test_worked_example(backend: str) -> None:
     torch.testing.assert_close(state.prototypes, torch.tensor([[half, half], [0.0, -1.0], [0.6, 0.8]]))
 
 
-@each_backend
+@each_backend_of_batches
 def test_ring_passes_over_the_batch_and_wraps(backend: str) -> None:
     state = pmk.MemoryState.empty(4, 1)
     with pmk.use_backend(backend):
@@ -210,7 +210,7 @@ def test_ring_passes_over_the_batch_and_wraps(backend: str) -> None:
     assert int(state.cursor) == 1
 
 
-@each_backend
+@each_backend_of_batches
 def test_least_recently_written_leaves_first(backend: str) -> None:
     state = pmk.MemoryState.empty(3, 1)
     with pmk.use_backend(backend):
@@ -221,7 +221,7 @@ def test_least_recently_written_leaves_first(backend: str) -> None:
     assert int(state.cursor) == 0
 
 
-@each_backend
+@each_backend_of_batches
 def test_lru_takes_empty_slots_first_whatever_the_stamps_say(backend: str) -> None:
     state = pmk.MemoryState.empty(3, 1)
     state.prototypes[1], state.identities[1], state.stamps[2] = 1.0, 5, 7  # written by hand: an occupied slot of age 0
@@ -230,7 +230,7 @@ def test_lru_takes_empty_slots_first_whatever_the_stamps_say(backend: str) -> No
     assert (slots.tolist(), evicted.tolist()) == ([0, 2, 1], [-1, -1, 5])
 
 
-@each_backend
+@each_backend_of_batches
 @each_policy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_refresh_ratio_zero_keeps_every_bit(backend: str, policy: str, dtype: torch.dtype) -> None:
@@ -244,7 +244,7 @@ def test_refresh_ratio_zero_keeps_every_bit(backend: str, policy: str, dtype: to
     assert state.stamps.tolist() == [2] * 5
 
 
-@each_backend
+@each_backend_of_batches
 @each_policy
 def test_large_strided_int32_and_repeatable(backend: str, policy: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -267,7 +267,7 @@ def test_large_strided_int32_and_repeatable(backend: str, policy: str) -> None:
     torch.testing.assert_close(state.prototypes, expected, rtol=1e-5, atol=1e-6)
 
 
-@each_backend
+@each_backend_of_batches
 @each_policy
 def test_rows_past_two_to_the_31_elements(backend: str, policy: str) -> None:
     near = pmk.MemoryState.empty(9, 3, dtype=torch.bfloat16)
@@ -282,7 +282,7 @@ def test_rows_past_two_to_the_31_elements(backend: str, policy: str) -> None:
     assert far.prototypes[-1].any()
 
 
-@each_backend
+@each_backend_of_batches
 def test_an_empty_batch_only_ticks_the_clock(backend: str) -> None:
     state = pmk.MemoryState.empty(2, 3)
     with pmk.use_backend(backend):
@@ -292,7 +292,7 @@ def test_an_empty_batch_only_ticks_the_clock(backend: str) -> None:
     assert state.identities.tolist() == [-1, -1]
 
 
-@each_backend
+@each_backend_of_batches
 def test_nothing_usable_writes_nothing(backend: str) -> None:
     state = pmk.MemoryState.empty(3, 2)
     with pmk.use_backend(backend):

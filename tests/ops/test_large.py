@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import protomem_kernels as pmk
-from tests.ops.cases import PLACES
+from tests.ops.cases import IN_TRITON, PLACES
 
 D = 512
 M = 2**31 // D + 1000
@@ -20,7 +20,7 @@ LAST = M - 1
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param(backend, marks=marks, id=name) for name, (backend, marks) in PLACES.items() if name != "triton"],
+    [pytest.param(backend, marks=marks, id=name) for name, (backend, marks) in PLACES.items() if name not in IN_TRITON],
 )
 def test_past_two_to_the_31_elements(backend: str) -> None:
     state = pmk.MemoryState.empty(M, D, dtype=torch.bfloat16)

@@ -149,7 +149,7 @@ def test_compiled_operators_equal_eager(backend: str) -> None:
 
 def test_explain_names_every_backend_and_a_reason() -> None:
     choices = pmk.explain("margin_softmax_loss", torch.zeros(2, 2))
-    assert [choice.backend for choice in choices] == ["triton", "cuda", "cpu", "reference"]
+    assert [choice.backend for choice in choices] == ["triton", "cuda", "chunked", "cpu", "reference"]
     assert sum(choice.chosen for choice in choices) == 1
     for choice in choices:  # no reason: it could serve the call too
         assert (choice.reason is None) == (BACKENDS[choice.backend].unavailable() is None)
@@ -164,7 +164,7 @@ def test_explain_refuses_unknown_operators() -> None:
 
 
 def test_an_unknown_or_unavailable_backend_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, chunked, cpu, reference, got 'tpu'"):
         pmk.use_backend("tpu").__enter__()
 
     class Absent(Backend):

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from protomem_kernels.backends import precision
+from protomem_kernels.backends.operators import file_of, is_backward
 from protomem_kernels.backends.protocol import FolderBackend, Kernel
+from protomem_kernels.backends.rates import FLOAT64, HALF, TF32, Products
+from protomem_kernels.backends.triton.interpretation import interpreted as interpreted
+from protomem_kernels.backends.triton.launch import choose, padded
 
 NOT_INSTALLED = "triton is not installed (pip install triton; it exists for Linux and comes with CUDA builds of torch)"
 OLDEST_ARCHITECTURE = 80
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Say whether kernels run in Triton's interpreter instead of on a GPU; settled at the first call."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # It costs more than a small call of an operator.
@@ -71,6 +69,26 @@ class TritonBackend(FolderBackend):
     def needs_check(self, tensors: Sequence[Tensor]) -> bool:
         """Return True on a GPU."""
         return tensors[0].is_cuda
+
+    def products(self, operator: str, dtype: torch.dtype, dim: int, architecture: int) -> Products | None:
+        """Return the products that a call forms on a GPU.
+
+        Where a result of D columns does not fit beside the rest, the first product is formed once per part of it.
+        """
+        each = 1 if dtype == torch.float64 or (dtype == torch.float32 and precision.tf32()) else 3
+        wide = FLOAT64 if dtype == torch.float64 else TF32
+        if file_of(operator) == "negative_logsumexp":
+            backward = is_backward(operator)
+            kind = "gradient of slots" if backward else "stream with moment"
+            times = padded(dim) // choose(kind, architecture, dtype, dim).columns
+            if dtype.itemsize > 2:
+                return Products(each * (times + 1), wide)
+            parts = precision.halves(dtype)
+            return Products(parts * times + (parts if backward else 1), HALF)
+        if is_backward(operator):  # of the logits: two products, of gradients that float16 cannot hold
+            return Products(2, HALF) if dtype == torch.bfloat16 else Products(2 if wide == FLOAT64 else 6, wide)
+        exact = {torch.bfloat16: 3, torch.float16: 2}  # numbers that stand for one of float32
+        return Products(exact[dtype], HALF) if dtype in exact else Products(1 if wide == FLOAT64 else 3, wide)
 
     def on_gpu(self, operator: str, tensors: Sequence[Tensor], architecture: int) -> str | None:
         """Return why such tensors on a GPU of this compute capability, 90 for 9.0, could not be served, or None."""

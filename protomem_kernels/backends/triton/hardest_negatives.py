@@ -33,6 +33,7 @@ Idea of the two levels: maxima per block as in approximate top-k for TPUs (Chern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -365,6 +366,22 @@ def hardest_negatives(
 
     Arguments and returns are those of ``reference.hardest_negatives``.
     """
+    return hardest_of(_best_tiles, x, prototypes, targets, occupied, k, normalize_prototypes)
+
+
+def hardest_of(
+    best_tiles: Callable[[Tensor, Tensor, Memory, int], Tensor],
+    x: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    occupied: Tensor | None,
+    k: int,
+    normalize_prototypes: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``hardest_negatives`` does, the best tiles of each row (B, chosen) found by a function of its own.
+
+    ``best_tiles`` is given x, targets, the memory and how many to choose, and returns them ascending.
+    """
     batch, capacity = x.shape[0], prototypes.shape[0]
     cosines = x.new_full((batch, k), float("-inf"))
     slots = torch.full((batch, k), -1, dtype=torch.int64, device=x.device)
@@ -376,7 +393,7 @@ def hardest_negatives(
     inverse = inverse_lengths(prototypes, x.dtype) if normalize_prototypes else None
     memory = Memory(prototypes, occupied, inverse)
     for rows in _cut(batch, tiles):
-        best = _best_tiles(x[rows], targets[rows], memory, chosen)
+        best = best_tiles(x[rows], targets[rows], memory, chosen)
         for part in _cut(best.shape[0], chosen * TILE):
             here = slice(rows.start + part.start, rows.start + part.stop)
             values = _candidates(x[here], targets[here], memory, best[part])

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from protomem_kernels.backends.triton import interpreted
+from protomem_kernels.backends.triton.interpretation import interpreted
 
 # Shared memory that one block may use, in bytes, per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -246,6 +246,8 @@ TABLE: dict[str, Mapping[str, Lines]] = {
         "fp64": fitted(everywhere(Launch(32, 128, 16, 128, 8, 2)), fixed_depth=True),
         "interpreted": always(Launch(64, 512, 256, 256, 4, 1)),
     },
+    # The logits of a chunk, between two products of PyTorch's: a few samples by some slots at a time.
+    "chunk": {"any": always(Launch(rows=4, slots=1024, warps=8)), "interpreted": always(Launch(rows=64, slots=4096))},
     # negative_logsumexp: a sample's own row; the splits added up; a sample's chosen negatives.
     "targets": {"any": rows_held(2048), "interpreted": always(Launch(rows=64))},
     "reduction": {"any": rows_held(1024), "interpreted": always(Launch(rows=64))},

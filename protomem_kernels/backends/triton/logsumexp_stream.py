@@ -1,4 +1,4 @@
-"""The kernels of ``negative_logsumexp`` on the whole memory, and the two that prepare samples for them.
+"""The kernels of ``negative_logsumexp`` on the whole memory: the stream, and the gradient of the slots.
 
 What they compute is derived in ``backends/reference/negative_logsumexp.py``; the order of the work, what a tile moves
 and why the result is deterministic stand in ``negative_logsumexp.py``.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from protomem_kernels.backends.triton.logsumexp_samples import LIFT
 from protomem_kernels.backends.triton.tiles import (
-    LN_2,
     LOG2_E,
     at_least_one,
     dot,
-    inverse_length,
     load_form,
     load_present,
     load_rows,
@@ -24,85 +23,12 @@ from protomem_kernels.backends.triton.tiles import (
     narrow_gradient,
     reshape_hard,
     scalar,
-    squares,
 )
-
-# 16-bit factors are x times this, so that the rest of x after rounding is no subnormal number of float16.
-LIFT = tl.constexpr(256.0)
-
-
-@triton.jit
-def split_rows(x, halves_ptr, batch, rows, columns, keep, dim):
-    """Write LIFT x as the sum of two 16-bit numbers, ``halves`` (2, B, D) contiguous."""
-    dtype: tl.constexpr = halves_ptr.dtype.element_ty
-    lifted = x * LIFT
-    high = narrow(lifted, dtype)
-    low = narrow(lifted - high.to(x.dtype), dtype)
-    offsets = rows.to(tl.int64)[:, None] * dim + columns[None, :]
-    mask = keep[:, None] & (columns < dim)[None, :]
-    tl.store(halves_ptr + offsets, high, mask=mask)
-    tl.store(halves_ptr + tl.cast(batch, tl.int64) * dim + offsets, low, mask=mask)
-
-
-@triton.jit
-def target_kernel(
-    x_ptr,  # (B, D)
-    prototypes_ptr,  # (M, D)
-    targets_ptr,  # (B,)
-    cosine_ptr,  # (B,)
-    target_rows_ptr,  # (B, D) contiguous
-    halves_ptr,  # (2, B, D) contiguous, or None: no 16-bit factors are wanted
-    batch,
-    capacity,
-    dim,
-    stride_x_row,
-    stride_x_column,
-    stride_w_row,
-    stride_w_column,
-    stride_target,
-    NORMALIZE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Gather each sample's target row, and multiply: c and dc/dx; split x where the products want 16-bit factors."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.arange(0, BLOCK_DIM)
-    keep = rows < batch
-    x = load_rows(x_ptr, rows, columns, stride_x_row, stride_x_column, keep, dim)
-    targets = load_slots(targets_ptr, rows, stride_target, keep, capacity)
-    w = load_rows(prototypes_ptr, targets, columns, stride_w_row, stride_w_column, targets >= 0, dim).to(x.dtype)
-    if NORMALIZE:
-        zero = tl.zeros((BLOCK_ROWS,), dtype=x.dtype)
-        length_unit, squared = squares(w, zero, zero)
-        w = w * inverse_length(length_unit, squared)[:, None]
-    tl.store(cosine_ptr + rows, tl.sum(x * w, axis=1), mask=keep)
-    offsets = rows.to(tl.int64)[:, None] * dim + columns[None, :]
-    tl.store(target_rows_ptr + offsets, w, mask=keep[:, None] & (columns < dim)[None, :])
-    if halves_ptr is not None:
-        split_rows(x, halves_ptr, batch, rows, columns, keep, dim)
-
-
-@triton.jit
-def split_kernel(
-    x_ptr,  # (B, D)
-    halves_ptr,  # (2, B, D) contiguous
-    batch,
-    dim,
-    stride_x_row,
-    stride_x_column,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Split x into 16-bit factors."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.arange(0, BLOCK_DIM)
-    x = load_rows(x_ptr, rows, columns, stride_x_row, stride_x_column, rows < batch, dim)
-    split_rows(x, halves_ptr, batch, rows, columns, rows < batch, dim)
 
 
 @triton.jit
 def stream_kernel(
-    x_ptr,  # (B, D): the embeddings; with 16-bit factors (2, B, D): their halves, times LIFT
+    x_ptr,  # (B, D): the embeddings; with 16-bit factors (HALVES, B, D): their parts, times LIFT
     prototypes_ptr,  # (M, D)
     targets_ptr,  # (B,)
     occupied_ptr,  # (M,), or None: all
@@ -126,7 +52,8 @@ def stream_kernel(
     stride_occupied,
     stride_threshold,
     stride_coefficient,
-    HALVES: tl.constexpr,  # whether x_ptr holds halves: 2, else 1
+    HALVES: tl.constexpr,  # 16-bit parts that stand for one number of x: 2, in "medium" 1; else 1
+    TF32: tl.constexpr,  # whether one product of tf32 stands for one of float32
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -136,6 +63,7 @@ def stream_kernel(
     """Stream one split of the memory past one block of rows."""
     acc_dtype: tl.constexpr = totals_ptr.dtype.element_ty
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    LIFTED: tl.constexpr = dtype.primitive_bitwidth == 16
     RUNNING: tl.constexpr = maxima_ptr is not None
     WHOLE: tl.constexpr = BLOCK_DEPTH == BLOCK_DIM
     CHUNKS: tl.constexpr = 1 if moments_ptr is None else BLOCK_DIM // BLOCK_COLUMNS
@@ -156,7 +84,7 @@ def stream_kernel(
     depth = tl.arange(0, BLOCK_DEPTH)
     columns = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_twos = scalar(scale * LOG2_E, acc_dtype)
-    to_scaled = in_twos / LIFT if HALVES == 2 else in_twos
+    to_scaled = in_twos / LIFT if LIFTED else in_twos
     if threshold_ptr is not None:
         tau = in_twos * load_vector(threshold_ptr, rows, stride_threshold, keep).to(acc_dtype)
         a, b, g = load_form(coefficients_ptr, stride_coefficient, acc_dtype)
@@ -177,13 +105,13 @@ def stream_kernel(
         logits = tl.zeros((HALVES * BLOCK_ROWS, BLOCK_SLOTS), dtype=acc_dtype)
         if WHOLE:
             w = load_rows(prototypes_ptr, slots, depth, stride_w_row, stride_w_column, present, dim).to(dtype)
-            logits = dot(x, tl.trans(w), logits)
+            logits = dot(x, tl.trans(w), logits, TF32)
         else:
             for k in range(0, BLOCK_DIM, BLOCK_DEPTH):
                 part = k + depth
                 x = load_rows(x_ptr, stacked, part, stride_x_row, stride_x_column, stacked_keep, dim)
                 w = load_rows(prototypes_ptr, slots, part, stride_w_row, stride_w_column, present, dim).to(dtype)
-                logits = dot(x, tl.trans(w), logits)
+                logits = dot(x, tl.trans(w), logits, TF32)
         if HALVES == 2:
             logits = tl.sum(logits.reshape(2, BLOCK_ROWS, BLOCK_SLOTS), axis=0)
         if inverse_ptr is not None:
@@ -219,7 +147,7 @@ def stream_kernel(
                 values = w
             else:
                 values = load_rows(prototypes_ptr, slots, columns, stride_w_row, stride_w_column, present, dim)
-            moment = dot(narrow(e, dtype), values.to(dtype), moment)
+            moment = dot(narrow(e, dtype), values.to(dtype), moment, TF32)
 
     line = split.to(tl.int64) * batch + rows
     if chunk == 0:
@@ -232,69 +160,12 @@ def stream_kernel(
 
 
 @triton.jit
-def reduction_kernel(
-    totals_ptr,  # (S, B) contiguous
-    maxima_ptr,  # (S, B) contiguous, or None
-    moments_ptr,  # (S, B, D) contiguous, or None
-    n_ptr,  # (B,)
-    o_ptr,  # (B, D) contiguous
-    x_ptr,  # (B, D)
-    halves_ptr,  # (2, B, D) contiguous, or None: no 16-bit factors
-    batch,
-    dim,
-    splits,
-    scale: tl.float64,
-    offset: tl.float64,
-    stride_x_row,
-    stride_x_column,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """Add the splits in order: n = log(sum) and o = s moment / sum."""
-    acc_dtype: tl.constexpr = totals_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.arange(0, BLOCK_DIM)
-    keep = rows < batch
-    mask = keep[:, None] & (columns < dim)[None, :]
-    shift = tl.zeros((BLOCK_ROWS,), dtype=acc_dtype)
-    if maxima_ptr is not None:
-        maximum = tl.full((BLOCK_ROWS,), float("-inf"), dtype=acc_dtype)
-        for split in range(splits):
-            line = tl.cast(split, tl.int64) * batch + rows
-            maximum = tl.maximum(maximum, tl.load(maxima_ptr + line, mask=keep, other=float("-inf")))
-        shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = tl.zeros((BLOCK_ROWS,), dtype=acc_dtype)
-    moment = tl.zeros((BLOCK_ROWS, BLOCK_DIM), dtype=acc_dtype)
-    for split in range(splits):
-        line = tl.cast(split, tl.int64) * batch + rows
-        weight = tl.full((BLOCK_ROWS,), 1.0, dtype=acc_dtype)
-        if maxima_ptr is not None:
-            weight = tl.exp2(tl.load(maxima_ptr + line, mask=keep, other=float("-inf")) - shift)
-        total += weight * tl.load(totals_ptr + line, mask=keep, other=0.0)
-        if moments_ptr is not None:
-            part = tl.load(moments_ptr + line[:, None] * dim + columns[None, :], mask=mask, other=0.0)
-            moment += weight[:, None] * part
-    some = total != 0
-    n = tl.where(some, tl.log(tl.where(some, total, 1.0)) + (shift * LN_2 + scalar(offset, acc_dtype)), float("-inf"))
-    if moments_ptr is not None:
-        o = moment * tl.where(some, scalar(scale, acc_dtype) / tl.where(some, total, 1.0), 0.0)[:, None]
-        offsets = rows.to(tl.int64)[:, None] * dim + columns[None, :]
-        tl.store(o_ptr + offsets, o, mask=mask)
-        if halves_ptr is not None:  # what the halves leave of x, up to 2^-18 of it, counts to first order: dn/dx = o
-            x = load_rows(x_ptr, rows, columns, stride_x_row, stride_x_column, keep, dim)
-            high = tl.load(halves_ptr + offsets, mask=mask, other=0.0).to(acc_dtype)
-            low = tl.load(halves_ptr + tl.cast(batch, tl.int64) * dim + offsets, mask=mask, other=0.0).to(acc_dtype)
-            n += tl.sum((x - high / LIFT - low / LIFT) * o, axis=1)
-    tl.store(n_ptr + rows, n, mask=keep)
-
-
-@triton.jit
 def gradient_kernel(
     grad_prototypes_ptr,  # (M, D) contiguous
     grad_cosine_ptr,  # (B,)
     grad_n_ptr,  # (B,)
     unit_ptr,  # (1,): with float16 factors, the largest of these gradients; else None
-    x_ptr,  # (B, D): the embeddings; with 16-bit factors (2, B, D): their halves, times LIFT
+    x_ptr,  # (B, D): the embeddings; with 16-bit factors (HALVES, B, D): their parts, times LIFT
     prototypes_ptr,  # (M, D)
     targets_ptr,  # (B,)
     occupied_ptr,  # (M,), or None: all
@@ -316,7 +187,8 @@ def gradient_kernel(
     stride_present,
     stride_threshold,
     stride_coefficient,
-    HALVES: tl.constexpr,  # whether x_ptr holds halves: 2, else 1
+    HALVES: tl.constexpr,  # 16-bit parts that stand for one number of x: 2, in "medium" 1; else 1
+    TF32: tl.constexpr,  # whether one product of tf32 stands for one of float32
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
@@ -326,6 +198,7 @@ def gradient_kernel(
     """Stream the batch past one tile of slots, and write the gradient of these."""
     acc_dtype: tl.constexpr = n_ptr.dtype.element_ty
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    LIFTED: tl.constexpr = dtype.primitive_bitwidth == 16
     WHOLE: tl.constexpr = BLOCK_DEPTH == BLOCK_DIM
     CHUNKS: tl.constexpr = BLOCK_DIM // BLOCK_COLUMNS
     slots = tl.program_id(0) // CHUNKS * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
@@ -336,7 +209,7 @@ def gradient_kernel(
     present = load_present(present_ptr, slots, stride_present, capacity)
     negative = load_present(occupied_ptr, slots, stride_occupied, capacity)
     scale = scalar(scale, acc_dtype)
-    to_scaled = scale / LIFT if HALVES == 2 else scale
+    to_scaled = scale / LIFT if LIFTED else scale
     if threshold_ptr is not None:
         a, b, g = load_form(coefficients_ptr, stride_coefficient, acc_dtype)
     # float16 ends at 2^-24: what it has to hold is scaled to 2^10 at most, which leaves room for h' up to 64.
@@ -359,13 +232,13 @@ def gradient_kernel(
         logits = tl.zeros((BLOCK_SLOTS, HALVES * BLOCK_ROWS), dtype=acc_dtype)
         if WHOLE:
             x = load_rows(x_ptr, stacked, depth, stride_x_row, stride_x_column, stacked_keep, dim)
-            logits = dot(w, tl.trans(x), logits)
+            logits = dot(w, tl.trans(x), logits, TF32)
         else:
             for k in range(0, BLOCK_DIM, BLOCK_DEPTH):
                 part = k + depth
                 x = load_rows(x_ptr, stacked, part, stride_x_row, stride_x_column, stacked_keep, dim)
                 w = load_rows(prototypes_ptr, slots, part, stride_w_row, stride_w_column, present, dim).to(dtype)
-                logits = dot(w, tl.trans(x), logits)
+                logits = dot(w, tl.trans(x), logits, TF32)
         if HALVES == 2:
             logits = tl.sum(logits.reshape(BLOCK_SLOTS, 2, BLOCK_ROWS), axis=1)
         if inverse_ptr is not None:
@@ -396,8 +269,8 @@ def gradient_kernel(
             values = load_rows(x_ptr, stacked, columns, stride_x_row, stride_x_column, stacked_keep, dim)
         if HALVES == 2:
             p = tl.broadcast_to(p[:, None, :], (BLOCK_SLOTS, 2, BLOCK_ROWS)).reshape(BLOCK_SLOTS, 2 * BLOCK_ROWS)
-        grad = dot(p, values, grad)
-    if HALVES == 2:
+        grad = dot(p, values, grad, TF32)
+    if LIFTED:
         grad = grad / LIFT
     if inverse_ptr is not None:
         # (grad - c w) / |w|, c w the part along w. As grad / c - w, one more product of the tile, w need not

@@ -361,6 +361,29 @@ def _normalisation_kernel(
     )
 
 
+def through_normalisation(
+    grad_w: Tensor, grad_unit: Tensor | None, prototypes: Tensor, inverse: Tensor, occupied: Tensor | None
+) -> None:
+    """Write the gradient of rows (C, D) to ``grad_w``, given that of their unit rows: there already, if None."""
+    width, dim = prototypes.shape
+    dtype = grad_w.dtype if grad_unit is None else grad_unit.dtype
+    how = choose("normalisation", architecture(grad_w.device), dtype, dim)
+    _normalisation_kernel[(triton.cdiv(width, how.slots),)](
+        grad_w,
+        grad_unit,
+        prototypes,
+        inverse,
+        occupied,
+        width,
+        dim,
+        *prototypes.stride(),
+        _stride(occupied),
+        BLOCK_SLOTS=how.slots,
+        BLOCK_COLUMNS=padded(dim),
+        **how.options(),
+    )
+
+
 def margin_softmax_logits(
     x: Tensor,
     prototypes: Tensor,
@@ -527,26 +550,12 @@ def margin_softmax_logits_backward(
             BLOCK_DEPTH=launch.depth,
             **launch.options(),
         )
-        if normalize_prototypes:
-            how = choose("normalisation", architecture(x.device), dtype, dim)
-            _normalisation_kernel[(triton.cdiv(width, how.slots),)](
-                grad_w,
-                grad_unit if unfinished else None,
-                w,
-                lengths,
-                present,
-                width,
-                dim,
-                *w.stride(),
-                _stride(occupied),
-                BLOCK_SLOTS=how.slots,
-                BLOCK_COLUMNS=padded(dim),
-                **how.options(),
-            )
-    return partial[0] if parts == 1 else partial.sum(dim=0), grad_prototypes, _at_targets(grad, targets)
+        if lengths is not None:
+            through_normalisation(grad_w, grad_unit if unfinished else None, w, lengths, present)
+    return partial[0] if parts == 1 else partial.sum(dim=0), grad_prototypes, at_targets(grad, targets)
 
 
-def _at_targets(grad: Tensor, targets: Tensor) -> Tensor:
+def at_targets(grad: Tensor, targets: Tensor) -> Tensor:
     """Return the entries (B,) of ``grad`` (B, M) at the targets, 0 where there is none."""
     inside = (targets >= 0) & (targets < grad.shape[1])
     return torch.where(inside, grad.gather(1, torch.where(inside, targets, 0).long()[:, None])[:, 0], 0)

@@ -44,23 +44,14 @@ import torch
 import triton
 from torch import Tensor
 
+from protomem_kernels.backends import precision
 from protomem_kernels.backends.triton import autotune, launch
 from protomem_kernels.backends.triton.chosen_rows import chosen_rows_backward_
 from protomem_kernels.backends.triton.cosines import inverse_lengths
 from protomem_kernels.backends.triton.launch import Launch
 from protomem_kernels.backends.triton.logsumexp_chosen import launch_chosen, stride
-from protomem_kernels.backends.triton.logsumexp_stream import (
-    gradient_kernel,
-    reduction_kernel,
-    split_kernel,
-    stream_kernel,
-    target_kernel,
-)
-
-
-def _halves(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return memory for 16-bit halves (2, B, D) of ``x``, or None where products take ``x`` as it is."""
-    return None if dtype in (torch.float32, torch.float64) else x.new_empty(2, *x.shape, dtype=dtype)
+from protomem_kernels.backends.triton.logsumexp_samples import launch_reduction, launch_targets, parts_of, split_into
+from protomem_kernels.backends.triton.logsumexp_stream import gradient_kernel, stream_kernel
 
 
 def negative_logsumexp(
@@ -82,36 +73,15 @@ def negative_logsumexp(
     Nothing is kept for backward, whatever ``kept_rows`` allows.
     """
     (batch, dim), capacity = x.shape, prototypes.shape[0]
-    cosine, n = x.new_empty(batch), x.new_empty(batch)
-    target_rows = x.new_empty(batch, dim)
     dtype = launch.compute_dtype(x, prototypes)
-    halves = _halves(x, dtype) if negatives is None else None
+    halves = parts_of(x, dtype) if negatives is None else None
     with_moment = with_gradient or halves is not None  # n is corrected by it
-    o = x.new_empty(batch, dim) if with_moment else x.new_empty(0, 0)
     kept = prototypes.new_empty(0, 0)
+    cosine, target_rows = launch_targets(x, prototypes, targets, normalize_prototypes, halves)
     if batch == 0:
-        return cosine, n, target_rows, o if with_gradient else x.new_empty(0, 0), kept
-    arch = launch.architecture(x.device)
-    how = launch.choose("targets", arch, dtype, dim)
-    target_kernel[(triton.cdiv(batch, how.rows),)](
-        x,
-        prototypes,
-        targets,
-        cosine,
-        target_rows,
-        halves,
-        batch,
-        capacity,
-        dim,
-        *x.stride(),
-        *prototypes.stride(),
-        targets.stride(0),
-        NORMALIZE=normalize_prototypes,
-        BLOCK_ROWS=how.rows,
-        BLOCK_DIM=launch.padded(dim),
-        **how.options(),
-    )
+        return cosine, x.new_empty(0), target_rows, x.new_empty((0, dim) if with_gradient else (0, 0)), kept
     if negatives is not None:
+        n, o = x.new_empty(batch), x.new_empty((batch, dim) if with_gradient else (0, 0))
         launch_chosen(
             x,
             prototypes,
@@ -130,8 +100,8 @@ def negative_logsumexp(
     inverse = inverse_lengths(prototypes, x.dtype) if normalize_prototypes else None
     factor = x if halves is None else halves
 
-    def stream(how: Launch) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
-        """Launch the stream; return the number of splits and what they wrote."""
+    def stream(how: Launch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Launch the stream; return what the splits wrote."""
         chunks = launch.padded(dim) // how.columns if with_moment else 1
         blocks = triton.cdiv(batch, how.rows)
         splits, per_split = launch.split(capacity, how.slots, blocks * chunks, launch.processors(x.device))
@@ -161,37 +131,34 @@ def negative_logsumexp(
             stride(occupied),
             stride(threshold),
             stride(coefficients),
-            HALVES=1 if halves is None else 2,
+            HALVES=1 if halves is None else len(halves),
+            TF32=precision.tf32(),
             **how.blocks(),
             BLOCK_DIM=launch.padded(dim),
             **how.options(),
         )
-        return splits, totals, maxima, moments
+        return totals, maxima, moments
 
     kind = "stream with moment" if with_moment else "stream"
     if with_moment and None not in (occupied, inverse, threshold):
         kind += ", every option"
-    splits, totals, maxima, moments = stream(autotune.best(kind, x.device, dtype, dim, stream))
-    how = launch.choose("reduction", arch, dtype, dim)
-    reduction_kernel[(triton.cdiv(batch, how.rows),)](
-        totals,
-        maxima,
-        moments,
-        n,
-        o,
-        x,
-        halves,
-        batch,
-        dim,
-        splits,
-        scale,
-        0.0 if running or offset is None else offset,
-        *x.stride(),
-        BLOCK_ROWS=how.rows,
-        BLOCK_DIM=launch.padded(dim) if with_moment else 1,
-        **how.options(),
-    )
+    totals, maxima, moments = stream(autotune.best(kind, x.device, dtype, dim, stream))
+    n, o = launch_reduction(x, halves, totals, maxima, moments, scale, 0.0 if running or offset is None else offset)
     return cosine, n, target_rows, o if with_gradient else x.new_empty(0, 0), kept
+
+
+def largest_gradient(grad_cosine: Tensor, grad_n: Tensor, scale: float) -> Tensor:
+    """Return the largest gradient of a cosine that there can be, (); not 0."""
+    return torch.maximum(scale * grad_n.abs().amax(), grad_cosine.abs().amax()).clamp(min=1e-30)
+
+
+def occupied_or_target(occupied: Tensor | None, targets: Tensor, capacity: int) -> Tensor | None:
+    """Return which slots take part in a gradient: a target is present whatever ``occupied`` says. None: all."""
+    if occupied is None:
+        return None
+    inside = (targets >= 0) & (targets < capacity)
+    padded = torch.cat([occupied, occupied.new_zeros(1)])
+    return padded.index_fill(0, torch.where(inside, targets, capacity).long(), True)
 
 
 def negative_logsumexp_backward_(
@@ -239,29 +206,11 @@ def negative_logsumexp_backward_(
         return
 
     dtype = launch.compute_dtype(x, prototypes)
-    halves = _halves(x, dtype)
-    if halves is not None and batch:
-        how = launch.choose("targets", launch.architecture(x.device), dtype, dim)
-        split_kernel[(triton.cdiv(batch, how.rows),)](
-            x,
-            halves,
-            batch,
-            dim,
-            *x.stride(),
-            BLOCK_ROWS=how.rows,
-            BLOCK_DIM=launch.padded(dim),
-            **how.options(),
-        )
-    unit = None
-    if dtype == torch.float16 and batch:
-        unit = torch.maximum(scale * grad_n.abs().amax(), grad_cosine.abs().amax()).clamp(min=1e-30)
-    present = occupied
-    if occupied is not None and normalize_prototypes:  # a target is present whatever `occupied` says
-        inside = (targets >= 0) & (targets < capacity)
-        padded = torch.cat([occupied, occupied.new_zeros(1)])
-        present = padded.index_fill(0, torch.where(inside, targets, capacity).long(), True)
+    halves = parts_of(x, dtype)
+    factor = x if halves is None else split_into(halves, x)
+    unit = largest_gradient(grad_cosine, grad_n, scale) if dtype == torch.float16 and batch else None
+    present = occupied_or_target(occupied, targets, capacity) if normalize_prototypes else occupied
     inverse = inverse_lengths(prototypes, x.dtype) if normalize_prototypes else None
-    factor = x if halves is None else halves
 
     def write(how: Launch) -> None:
         """Launch the kernel that writes the gradient."""
@@ -291,7 +240,8 @@ def negative_logsumexp_backward_(
             stride(present),
             stride(threshold),
             stride(coefficients),
-            HALVES=1 if halves is None else 2,
+            HALVES=1 if halves is None else len(halves),
+            TF32=precision.tf32(),
             **how.blocks(),
             BLOCK_DIM=launch.padded(dim),
             **how.options(),

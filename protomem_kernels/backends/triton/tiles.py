@@ -5,7 +5,8 @@ integers, so there they are converted first; and the precision of float32 produc
 
 float32 products run on the tensor cores as three tf32 products (``tf32x3``): each factor is split into a tf32 number
 and the tf32 rest, only rest x rest is left out. Relative error per term about 2^-21, against 2^-24 of float32 and 2^-11
-of plain tf32. float64 uses the double-precision tensor cores.
+of plain tf32, which is what a ``matmul_precision`` below "highest" asks for. float64 uses the double-precision tensor
+cores.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """Return acc + a b; the one place where ``tl.dot`` is called. ``acc`` is float32, float64 for float64 factors."""
+def dot(a, b, acc, TF32: tl.constexpr = False):
+    """Return acc + a b; the one place where ``tl.dot`` is called. ``acc`` is float32, float64 for float64 factors.
+
+    ``TF32``: one product of tf32 numbers stands for one of float32, not three.
+    """
     if a.dtype == tl.float64:
         return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "tf32x3")
 
 
 @triton.jit

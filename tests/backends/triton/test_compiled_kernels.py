@@ -17,6 +17,7 @@ import pytest
 from benchmarks.static.counting import Count, kernel_modules
 from benchmarks.static.gpus import LIMITS
 from benchmarks.static.report import occupancy
+from protomem_kernels.backends import chunked
 from protomem_kernels.backends import triton as kernels
 from protomem_kernels.backends.operators import OPERATORS, file_of
 from protomem_kernels.backends.triton.launch import SHARED_MEMORY, Launch
@@ -62,7 +63,9 @@ def check(module: str, jobs: list[tuple[int, str, int]], **options: bool) -> Non
     assert not found, "\n".join(found)
 
 
-each_module = pytest.mark.parametrize("module", kernel_modules(), ids=lambda module: module.rsplit(".", 1)[1])
+each_module = pytest.mark.parametrize(
+    "module", kernel_modules(), ids=lambda module: module.split("backends.")[1].replace(".specimens", "")
+)
 # A compilation takes a second or two. What is left out here, float32 at the smaller sizes, the report shows.
 ALL = [(arch, "bfloat16", 512) for arch in (80, 86, 90, 100)]
 MATRIX_BOUND = [*itertools.product([80, 90, 100], ["bfloat16"], [128, 256]), (86, "float32", 512)]
@@ -93,6 +96,11 @@ def test_the_report_shows_no_spills_and_no_narrow_offsets_of_ours(arch: int) -> 
     assert not [row for row in rows if "**32 bits**" in row]
 
 
+def files_of_kernels() -> list[Path]:
+    """Return the files that may launch a kernel."""
+    return sorted([*Path(kernels.__file__).parent.glob("*.py"), *Path(chunked.__file__).parent.glob("*.py")])
+
+
 def test_the_launch_table_knows_the_limits() -> None:
     assert {arch: SHARED_MEMORY[arch] for arch in LIMITS} == {arch: of.shared_per_block for arch, of in LIMITS.items()}
 
@@ -100,7 +108,7 @@ def test_the_launch_table_knows_the_limits() -> None:
 def test_every_launch_says_whether_products_and_sums_fuse() -> None:
     """Triton warns where a launch leaves it open, because its default is about to change; the tests compile fused."""
     launches, silent = 0, []
-    for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for file in files_of_kernels():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launches += 1

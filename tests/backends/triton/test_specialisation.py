@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from benchmarks.static.counting import intermediate, kernel_modules
+from protomem_kernels.backends import chunked
 from protomem_kernels.backends import triton as kernels
 from protomem_kernels.backends.triton.specimens import Specimen
 
@@ -96,7 +97,9 @@ def specimens(module: str, dtype: torch.dtype, dim: int) -> list[Specimen]:
     return importlib.import_module(module).specimens(ARCH, dtype, dim)
 
 
-each_module = pytest.mark.parametrize("module", kernel_modules(), ids=lambda module: module.rsplit(".", 1)[1])
+each_module = pytest.mark.parametrize(
+    "module", kernel_modules(), ids=lambda module: module.split("backends.")[1].replace(".specimens", "")
+)
 
 
 @each_module
@@ -117,15 +120,16 @@ def test_specialisation_of_a_problem_of_one_sample_one_slot_and_one_column(modul
 
 
 def test_specialisation_knows_every_kernel_that_is_launched() -> None:
-    """A launch is ``kernel[grid](...)``, in whatever file of the backend."""
+    """A launch is ``kernel[grid](...)``, in whatever file of the backends."""
     described = {id(specimen.kernel) for name in kernel_modules() for specimen in specimens(name, torch.bfloat16, DIM)}
     launched, unknown = 0, []
-    for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    folders = (kernels, chunked)
+    for folder, file in ((of, file) for of in folders for file in sorted(Path(of.__file__).parent.glob("*.py"))):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launched += 1
                 name = ast.unparse(node.func.value)
-                module = importlib.import_module(f"{kernels.__name__}.{file.stem}".removesuffix(".__init__"))
+                module = importlib.import_module(f"{folder.__name__}.{file.stem}".removesuffix(".__init__"))
                 if id(getattr(module, name, None)) not in described:
                     unknown.append(f"{file.name}:{node.lineno}: {name}")
     assert launched > 10

@@ -8,13 +8,8 @@ import triton
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.launch import Launch
 from protomem_kernels.backends.triton.logsumexp_chosen import chosen_kernel
-from protomem_kernels.backends.triton.logsumexp_stream import (
-    gradient_kernel,
-    reduction_kernel,
-    split_kernel,
-    stream_kernel,
-    target_kernel,
-)
+from protomem_kernels.backends.triton.logsumexp_samples import reduction_kernel, split_kernel, target_kernel
+from protomem_kernels.backends.triton.logsumexp_stream import gradient_kernel, stream_kernel
 from protomem_kernels.backends.triton.specimens import CENTRE, Specimen
 from protomem_kernels.rows import accumulation_dtype
 
@@ -76,7 +71,7 @@ def large_specimen(
             types["moments_ptr"] = f"*{acc}"
     if "normalize" in options:
         types["inverse_ptr"] = f"*{acc}"
-    constants = {"HALVES": halves, "BLOCK_DIM": block_dim, **how.blocks()}
+    constants = {"HALVES": halves, "TF32": False, "BLOCK_DIM": block_dim, **how.blocks()}
     chunks = block_dim // how.columns if moment else 1
     batch, capacity = CENTRE
     streamed = how.slots if kernel is stream_kernel else how.rows * halves
@@ -105,8 +100,8 @@ def _small_specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     block_dim = launch.padded(dim)
     x = {"x_ptr": f"*{acc}", "batch": "i32", "dim": "i32", "stride_x_row": "i32"}
     memory = {"prototypes_ptr": f"*{stored}", "targets_ptr": "*i64", "capacity": "i32", "stride_w_row": "i32"}
-    halves = {} if _is_wide(dtype) else {"halves_ptr": f"*{stored}"}
-    block = {"NORMALIZE": True, "BLOCK_ROWS": one.rows, "BLOCK_DIM": block_dim}
+    halves = {} if _is_wide(dtype) else {"parts_ptr": f"*{stored}"}
+    block = {"NORMALIZE": True, "PARTS": 2, "BLOCK_ROWS": one.rows, "BLOCK_DIM": block_dim}
     described = {
         "target": (
             one,
