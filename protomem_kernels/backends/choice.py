@@ -61,7 +61,7 @@ def _by_time(operator: str, dtype: torch.dtype, dim: int, architecture: int, hel
     The precision ``held`` is in force; it is a part of the key.
     """
     times = {
-        name: rates.predicted(name, backend.products(operator, dtype, dim, architecture), architecture)
+        name: rates.predicted(name, backend.products(operator, dtype, dim, architecture), dim, architecture)
         for name, backend in BACKENDS.items()
     }
     return tuple(sorted(_TRITON_FIRST, key=lambda name: times[name]))

@@ -13,33 +13,40 @@ from typing import NamedTuple
 HALF, TF32, FLOAT32, FLOAT64 = "half", "tf32", "float32", "float64"  # what products are of
 NEVER = float("inf")
 
-# Architecture -> factors -> engine -> operations per second, 1e12, that its products reach, everything that a call does
-# besides counted in: exponentials, the way of logits through caches and, for "chunked", an eager launch of each step.
+# Architecture -> factors -> engine -> operations per second, 1e12, that its products reach.
 RATES: dict[int, dict[str, dict[str, float]]] = {
     80: {
-        HALF: {"cuda": 130, "triton": 120, "chunked": 90},
-        TF32: {"cuda": 65, "triton": 55, "chunked": 55},
-        FLOAT32: {"chunked": 16},
-        FLOAT64: {"triton": 4, "chunked": 12},
+        HALF: {"chunked": 250, "cuda": 130, "triton": 120},
+        TF32: {"chunked": 125, "cuda": 65, "triton": 55},
+        FLOAT32: {"chunked": 17},
+        FLOAT64: {"chunked": 14, "triton": 4},
     },
     86: {
-        HALF: {"cuda": 55, "triton": 45, "chunked": 40},
-        TF32: {"cuda": 27, "triton": 22, "chunked": 24},
-        FLOAT32: {"chunked": 20},
-        FLOAT64: {"triton": 0.2, "chunked": 0.4},
+        HALF: {"chunked": 60, "cuda": 40, "triton": 35},
+        TF32: {"chunked": 30, "cuda": 20, "triton": 17},
+        FLOAT32: {"chunked": 24},
+        FLOAT64: {"chunked": 0.4, "triton": 0.2},
     },
     90: {
-        HALF: {"triton": 290, "cuda": 280, "chunked": 200},
-        TF32: {"cuda": 140, "triton": 130, "chunked": 110},
-        FLOAT32: {"chunked": 42},
-        FLOAT64: {"triton": 15, "chunked": 40},
+        HALF: {"chunked": 690, "triton": 290, "cuda": 280},
+        TF32: {"chunked": 340, "cuda": 140, "triton": 130},
+        FLOAT32: {"chunked": 48},
+        FLOAT64: {"chunked": 45, "triton": 15},
     },
     100: {
-        HALF: {"triton": 550, "cuda": 350, "chunked": 300},
-        TF32: {"triton": 260, "cuda": 170, "chunked": 180},
-        FLOAT32: {"chunked": 55},
-        FLOAT64: {"triton": 10, "chunked": 25},
+        HALF: {"chunked": 1575, "triton": 560, "cuda": 360},
+        TF32: {"chunked": 780, "triton": 270, "cuda": 170},
+        FLOAT32: {"chunked": 60},
+        FLOAT64: {"chunked": 30, "triton": 10},
     },
+}
+# Architecture -> engine -> picoseconds that a logit takes besides: its way to the next kernel and back, through caches
+# and memory, and its share of the launches of a chunk from Python.
+BESIDES: dict[int, dict[str, float]] = {
+    80: {"chunked": 14},
+    86: {"chunked": 30},
+    90: {"chunked": 9},
+    100: {"chunked": 9},
 }
 
 
@@ -57,7 +64,10 @@ def column(architecture: int) -> int:
     return 90 if 90 <= architecture < 100 else 100 if 100 <= architecture < 120 else 86
 
 
-def predicted(engine: str, products: Products | None, architecture: int) -> float:
-    """Return the predicted seconds of a call per 2e12 B M D; infinite for an engine that forms no such products."""
-    rate = None if products is None else RATES[column(architecture)][products.factors].get(engine)
-    return NEVER if products is None or rate is None else products.number / rate
+def predicted(engine: str, products: Products | None, dim: int, architecture: int) -> float:
+    """Return the predicted picoseconds of a call per logit; infinite for an engine of which nothing is known."""
+    arch = column(architecture)
+    rate = None if products is None else RATES[arch][products.factors].get(engine)
+    if products is None or rate is None:
+        return NEVER
+    return products.number * 2 * dim / rate + BESIDES[arch].get(engine, 0.0)

@@ -64,6 +64,13 @@ def test_the_fewest_products_come_first_where_rates_are_alike() -> None:
         assert first(FORWARD, 90, W) == "chunked"  # 2 against 6 and 5
 
 
+def test_small_embeddings_do_not_pay_for_the_way_of_logits() -> None:
+    """With D a product shrinks, and what a logit costs besides does not."""
+    x, w = X[:, :64], W[:, :64]
+    with pmk.matmul_precision("high"):
+        assert preference(FORWARD, [x, w], 90)[0] == "triton"
+
+
 def test_orders_without_tensors_or_without_a_gpu_are_as_ever() -> None:
     assert preference(FORWARD) == preference(FORWARD, [X, W]) == ("triton", "cuda", "chunked", "cpu", "reference")
     assert preference("enqueue_", [X], 90)[0] == "cuda"
@@ -78,7 +85,10 @@ def test_every_engine_has_a_rate_for_what_it_multiplies(architecture: int) -> No
                     for engine in ENGINES:
                         formed = BACKENDS[engine].products(operator, dtype, 512, architecture)
                         if formed is not None:
-                            assert 0 < rates.predicted(engine, formed, architecture) < rates.NEVER, (operator, engine)
+                            assert 0 < rates.predicted(engine, formed, 512, architecture) < rates.NEVER, (
+                                operator,
+                                engine,
+                            )
 
 
 def test_architectures_without_a_column_have_a_neighbour_s() -> None:

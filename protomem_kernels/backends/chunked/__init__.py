@@ -1,8 +1,8 @@
 """Products by PyTorch's own GEMM, chunk by chunk of the memory, and between them one small Triton kernel.
 
-The logits of a chunk stay in the L2 cache of the device. The products run at the speed of the vendor's library, which
-no kernel written in Triton reaches on the newest GPUs; what a chunk costs besides is its logits' way through that
-cache.
+The logits of a chunk stay, for the most part, in the L2 cache of the device. The products run at the speed of the
+vendor's library, which no kernel written in Triton reaches on the newest GPUs; what a chunk costs besides is its
+logits' way through that cache.
 
 This backend is built on ``triton``: it serves where that does, on NVIDIA GPUs, and on CPU tensors while
 ``TRITON_INTERPRET=1``; and whatever works on chosen rows, or on a batch alone, is done by the same kernels.

@@ -1,9 +1,10 @@
 """What the chunked operators share: how the work is cut, and the products of a chunk.
 
-A chunk is some slots of the memory by some samples: as many slots as half of the device's L2 cache holds the logits,
-weights and rows of, and 4,096 samples at most. Where that leaves fewer than 256 slots there are 256, so that the
-scratch of a call is half of L2, or 256 (16 samples + 8 D) bytes where that is more: 18 MiB at D = 512, however large
-the batch and the memory are.
+A chunk is some slots of the memory by some samples, 4,096 at most: as many slots as twice the device's L2 cache, but no
+more than 96 MiB, holds the logits, weights and rows of. So most of it is found in the cache by the next kernel, and a
+chunk takes a GPU about as long as Python needs to launch the next one: smaller chunks would wait for it, larger ones
+gain nothing (``benchmarks.predicted``). Where that leaves fewer than 256 slots there are 256. This is all the scratch
+of a call, however large the batch and the memory are: 96 MiB, since 256 slots of 4,096 samples take 18 MiB at D = 512.
 
 Products of 16-bit numbers are formed by the tensor cores and kept in float32 (``out_dtype``), which PyTorch has on GPUs
 alone; a CPU multiplies the same numbers in float32. Products of float32 follow ``backends.precision``. Nothing is read
@@ -25,28 +26,29 @@ from protomem_kernels.backends.triton.logsumexp_samples import LIFT, split_into
 ROWS = 4096  # samples of a chunk, at most
 LEAST_SLOTS = 256
 ROUND = 128  # slots of a chunk are a multiple of this: the tile of ``hardest_negatives``, and whole tiles of a GEMM
-L2_OF_STAND_IN = 2 << 20  # bytes, where no GPU tells
+MOST_SCRATCH = 96 << 20  # bytes
+L2_OF_STAND_IN = 1 << 20  # bytes, where no GPU tells
 
 
 @functools.cache
-def cache_bytes(device: torch.device) -> int:
-    """Return the bytes of the device's L2 cache that a chunk may fill: half of it."""
+def scratch_bytes(device: torch.device) -> int:
+    """Return the bytes that a chunk may fill: twice the device's L2 cache, within ``MOST_SCRATCH``."""
     if device.type != "cuda":
-        return L2_OF_STAND_IN // 2
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
+        return 2 * L2_OF_STAND_IN
+    return min(MOST_SCRATCH, 2 * int(torch.cuda.get_device_properties(device).L2_cache_size))
 
 
 def slots_of_chunk(device: torch.device, rows: int, capacity: int, per_logit: int, per_slot: int) -> int:
     """Return how many slots a chunk spans: all chunks but the last, which is hardly smaller.
 
     Args:
-        device: whose cache is shared out.
+        device: whose cache sets the size.
         rows: samples of a chunk.
         capacity: M.
         per_logit: bytes of scratch per sample and slot.
         per_slot: bytes per slot besides: of its row, and of scratch as wide as it.
     """
-    most = max(LEAST_SLOTS, cache_bytes(device) // (max(rows, 1) * per_logit + per_slot) // ROUND * ROUND)
+    most = max(LEAST_SLOTS, scratch_bytes(device) // (max(rows, 1) * per_logit + per_slot) // ROUND * ROUND)
     chunks = max(1, -(-capacity // most))
     return -(-capacity // chunks // ROUND) * ROUND
 

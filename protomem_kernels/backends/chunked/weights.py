@@ -9,7 +9,7 @@ the slopes h'_ij of ``backends/reference/negative_logsumexp.py``:
   and go to another: nothing that a launch stores is loaded in it.
 - backward, the weights dL/dn_i s q_ij h'_ij, and dL/dc_i at the target, of the samples.
 
-Read are 4 PARTS bytes per logit, written as many as a weight has: 2 beside a 16-bit memory. All of it lies in the L2
+Read are 4 PARTS bytes per logit, written as many as a weight has: 2 beside a 16-bit memory. Most of it lies in the L2
 cache, where the products before put it and the product after finds it. Every sum has a fixed order: deterministic.
 """
 
