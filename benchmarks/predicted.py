@@ -209,8 +209,9 @@ def share_of_peak(engine: str, arch: int, size: Size, products: int) -> float:
 ASSUMED = """
 Assumed, and not known: that cut-cross-entropy's gradient on the H100 takes as many products as on the A100 (its filter
 leaves as much); that the 13.6 ms are of the forward pass, since three products in that time would be twice the peak;
-that siglip-kernel forms its logits again in the backward pass (otherwise the model is 20 % too low). The kernels' shares
-of the peak come from other kernels' published rates, FlashMLA's from FlashAttention-3. Five points do not make a law.
+that siglip-kernel forms its logits again in the backward pass (otherwise the model is a third too low, and misses). The
+kernels' shares of the peak come from other kernels' published rates, FlashMLA's from FlashAttention-3. Five points do
+not make a law.
 """
 PAGE = """# Predicted times
 
@@ -225,8 +226,8 @@ Missed by more than {limit:.0f} %: {missed}.{assumed}
 ## Our engines beside others, on an H100
 
 n and the embeddings' gradient beside a bfloat16 memory, milliseconds, without the operations on a batch alone; "eager"
-counts the launches from Python of the chunked engine, the others are as in a CUDA graph. The other packages' losses have
-no margin and no empty slots.
+counts the launches from Python of the chunked engine, the others are as in a CUDA graph. The other packages' losses
+have no margin and no empty slots.
 
 {times}
 
