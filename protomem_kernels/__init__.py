@@ -2,8 +2,9 @@
 
 from protomem_kernels import distributed
 from protomem_kernels.backends.choice import explain, use_backend
-from protomem_kernels.health import Health
 from protomem_kernels.backends.precision import matmul_precision
+from protomem_kernels.graphed import graphed
+from protomem_kernels.health import Health
 from protomem_kernels.losses import DSoftmaxLoss, MarginSoftmaxLoss, PrototypeMemoryLoss, PrototypeMemoryStats
 from protomem_kernels.margins import (
     AdaFace,
@@ -69,6 +70,7 @@ __all__ = [
     "distributed",
     "enqueue_",
     "explain",
+    "graphed",
     "hardest_negatives",
     "margin_softmax_logits",
     "margin_softmax_loss",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from protomem_kernels._checks import check_batch, check_choice, check_device, check_int, check_number
 from protomem_kernels._torch import without_autocast
+from protomem_kernels.backends.choice import launches_are_dear
 from protomem_kernels.distributed.agreement import described
 from protomem_kernels.distributed.batch import Batch, largest, overflow_shared
 from protomem_kernels.distributed.ranks import ranks_of
@@ -18,11 +19,11 @@ from protomem_kernels.distributed.resharding import KeptInShards, Shard
 from protomem_kernels.head import Head
 from protomem_kernels.health import Health, Watched, health_of, refresh_drift
 from protomem_kernels.identities import find_slots
-from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax, as_margin
+from protomem_kernels.margins import AnyMargin, ArcFace, DSoftmax, Margin, as_margin
 from protomem_kernels.memory import PrototypeMemory, sample_slots
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.objective import REDUCTIONS, Bank, Banks, check_objective, loss_over_banks, margin_softmax_loss
-from protomem_kernels.ops import hardest_negatives
+from protomem_kernels.ops import hardest_negatives, negative_logsumexp, prepare_samples, reduce_losses
 from protomem_kernels.ops.register import values_can_be_read
 from protomem_kernels.optimizers import clear_rows
 from protomem_kernels.quality import QualityEstimator
@@ -214,6 +215,8 @@ class PrototypeMemoryLoss(Head):
         """Return the loss of a batch; with ``return_stats`` also ``PrototypeMemoryStats``, for one more pass."""
         watching = self._watch and self.training
         batch, passed = self._gathered(embeddings, labels, weights, return_stats or watching)
+        if self._takes_few_launches(batch, return_stats or watching):
+            return passed(self._loss_in_few_launches(batch))
         step = self._write(batch, watching) if self.training else self._read(batch)
         targets, banks, counts, _ = step
         result = loss_over_banks(
@@ -267,14 +270,45 @@ class PrototypeMemoryLoss(Head):
         banks = self._banks([self._whole(ring, targets)], batch)
         return _Step(targets, banks, torch.zeros(3, dtype=torch.int64, device=targets.device), None)
 
-    def _write(self, batch: Batch, watching: bool) -> _Step:
-        """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
+    def _takes_few_launches(self, batch: Batch, return_stats: bool) -> bool:
+        """Say whether a training step has nothing to it but what operators do in a few launches, and these matter."""
+        plain = self.training and self.ranks.alone and self.mining is None and not return_stats
+        return (
+            plain
+            and self.prototype_gradient != "fresh"
+            and self.reduction != "none"
+            and isinstance(self.margin, Margin)
+            and self.margin.kernel_form() is not None
+            and launches_are_dear(batch.embeddings)
+        )
+
+    def _loss_in_few_launches(self, batch: Batch) -> Tensor:
+        """Return the loss of a training step: ``_write`` and ``loss_over_banks`` in a launch or two each."""
+        assert isinstance(self.margin, Margin)
+        form = self.margin.kernel_form()
+        assert form is not None
+        made = self._made(batch)
+        slots, _, known, _ = self.memory.enqueue_keeping_previous(made, keep_previous=False)
+        if self.prototype_gradient == "memory":
+            self._clear_optimizer_state(torch.where((slots >= 0) & ~known, slots, -1))
+        ring = self.memory.ring
+        capacity = len(ring.prototypes)
+        x, _, targets = prepare_samples(batch.embeddings, batch.labels, made.index, slots, capacity)
+        bank = self._whole(ring, targets)
+        cosine, n = negative_logsumexp(x, bank.prototypes, targets, scale=self.scale, occupied=bank.occupied)
+        return reduce_losses(cosine, n, targets, capacity, *form, self.scale, self.reduction == "mean")
+
+    def _made(self, batch: Batch) -> AggregatedPrototypes:
+        """Return the batch's prototypes, with their graph if it is wanted."""
         if batch.weights is None and self.quality is not None:
             with without_autocast(batch.embeddings):
                 batch = batch._replace(weights=self.quality(batch.embeddings, batch.labels))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prototype_gradient == "fresh"):
-            made = self.memory.aggregate_owned(batch)
+            return self.memory.aggregate_owned(batch)
 
+    def _write(self, batch: Batch, watching: bool) -> _Step:
+        """Make the batch's prototypes, write them into the memory, and return what the loss runs over."""
+        made = self._made(batch)
         slots, evicted, known, previous = self.memory.enqueue_keeping_previous(
             made, keep_previous=watching or self.prototype_gradient == "fresh"
         )

@@ -64,6 +64,13 @@ class Margin:
         """Return the margin for a batch with these labels (B,): identities, classes or slots. Default: itself."""
         return self
 
+    def kernel_form(self) -> tuple[str, float] | None:
+        """Return T as ``ops.reduce_losses`` knows it, its kind and the margin, or None: plain PyTorch computes it.
+
+        Only where the loss is ``softplus(n - s T(c))`` and nothing else, for every batch alike. Default: None.
+        """
+        return None
+
     def losses(self, excess: Tensor, cosine: Tensor, negatives: Tensor, scale: float) -> Tensor:
         """Return each sample's loss (B,). Default: ``softplus(excess)``, the cross-entropy of the softmax.
 
@@ -190,6 +197,12 @@ class ArcFace(Margin):
         """Return the map, the same for every batch."""
         return TargetMap(self._straight_through, self._add) if self.straight_through else angular(self.m)
 
+    def kernel_form(self) -> tuple[str, float] | None:
+        """Return the kind of angle and the margin; a subclass says its own."""
+        if type(self) is not ArcFace:
+            return None
+        return "unguarded angle" if self.straight_through else "angle", self.m
+
     def _add(self, cosine: Tensor) -> Tensor:
         return add_angle(cosine, self.m)
 
@@ -215,6 +228,10 @@ class CosFace(Margin):
     def bind(self, embedding_norm: Tensor) -> TargetMap:
         """Return the map, the same for every batch."""
         return subtractive(self.m)
+
+    def kernel_form(self) -> tuple[str, float] | None:
+        """Return the margin of the cosine; a subclass says its own."""
+        return ("cosine", self.m) if type(self) is CosFace else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ BELOW: dict[str, set[str]] = {
     "experiments": {"training"},
     "gpu_check": {""},  # no cli, training or data: it meets a machine that has torch and nothing else
     "training": {"compat", "data", ""},
-    "": {"losses", "warm_up", "warm_start", "schedules"},
+    "": {"losses", "graphed", "warm_start", "schedules"},
+    "graphed": {"warm_up"},
     "warm_up": {"losses"},
     "warm_start": {"losses"},
     "schedules": {"losses"},

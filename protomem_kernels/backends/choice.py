@@ -84,6 +84,20 @@ def in_force() -> str | None:
     return wanted
 
 
+def launches_are_dear(tensor: Tensor) -> bool:
+    """Say whether operations on the tensor are launches, of which operators that fuse many had better take few.
+
+    On a GPU, or where Triton's interpreter stands in for one; not where a compiler fuses them itself, or a backend is
+    asked for that has no such operators.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    wanted = in_force()
+    if tensor.is_cuda:
+        return wanted is None or BACKENDS[wanted].kernel("reduce_losses") is not None
+    return wanted in ("triton", "chunked") and triton.interpreted()
+
+
 class Choice(NamedTuple):
     """One line of ``explain``: a backend, whether it would serve the call, and why it would not (None: it could)."""
 

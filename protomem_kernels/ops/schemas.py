@@ -47,4 +47,13 @@ SCHEMAS: dict[str, str] = {
         " Tensor? occupied, Tensor? negatives, Tensor? threshold, Tensor? coefficients, Tensor n, float scale,"
         " float? offset, bool normalize_prototypes, SymInt kept_rows) -> ()"
     ),
+    "prepare_samples": (
+        "(Tensor embeddings, Tensor labels, Tensor index, Tensor slots, SymInt capacity)"
+        " -> (Tensor x, Tensor norm, Tensor targets)"
+    ),
+    "prepare_samples_backward": ("(Tensor grad_x, Tensor embeddings, Tensor x, Tensor norm) -> Tensor grad_embeddings"),
+    "reduce_losses": (
+        "(Tensor cosine, Tensor n, Tensor targets, SymInt capacity, str kind, float margin, float scale, bool mean)"
+        " -> (Tensor loss, Tensor slope_cosine, Tensor slope_n)"
+    ),
 }

@@ -6,6 +6,34 @@ T_LOSSES = "tests/test_losses.py"
 
 FAULTS = [
     Fault(
+        "the guard past pi missing in the fused loss",
+        "backends/triton/reduce_losses.py",
+        "value = tl.where(guarded | (c != c), value, c - m * sin_m)",
+        "value = value",
+        "tests/ops/test_reduce_losses.py::test_loss_and_gradients",
+    ),
+    Fault(
+        "ignored samples in the fused mean",
+        "backends/triton/reduce_losses.py",
+        "rows < batch, capacity) >= 0).to(tl.int32)",
+        "rows < batch, capacity) >= -1).to(tl.int32)",
+        "tests/ops/test_reduce_losses.py::test_loss_and_gradients",
+    ),
+    Fault(
+        "the fused gradient along the embedding left in",
+        "backends/triton/prepare_samples.py",
+        "(g - along * x) / tl.where",
+        "g / tl.where",
+        "tests/test_launches.py::test_few_launches_say_what_many_do",
+    ),
+    Fault(
+        "a broken embedding hidden by the fused targets",
+        "backends/triton/prepare_samples.py",
+        "targets = tl.where((labels >= 0) & (slots < 0) & (finite == 0), 0, slots)",
+        "targets = slots",
+        "tests/ops/test_prepare_samples.py::test_a_broken_embedding_with_a_label_and_no_slot_is_shown",
+    ),
+    Fault(
         "eval writes",
         "losses.py",
         "if self.training else self._read(batch)",

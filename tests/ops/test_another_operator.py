@@ -101,7 +101,8 @@ def test_it_dispatches_explains_compiles_and_takes_opcheck() -> None:
 
 def test_every_layer_has_every_operator() -> None:
     """A layer that lacks one has to be named here."""
-    lacking: dict[str, set[str]] = {}
+    few_launches = {"prepare_samples", "prepare_samples_backward", "reduce_losses"}  # for GPUs alone, in Triton
+    lacking = {"cpu": few_launches, "cuda": few_launches}
     assert [*OPERATORS] == [*SCHEMAS]
     served = {backend for backend, _ in PLACES.values()}
     for name in served:
@@ -117,7 +118,7 @@ def test_every_layer_has_every_operators_file() -> None:
             f"protomem_kernels/ops/{operator}.py",
             f"protomem_kernels/backends/reference/{operator}.py",
             f"protomem_kernels/backends/triton/{operator}.py",
-            f"csrc/cpu/{operator}.cpp",
-            f"csrc/cuda/{operator}.cu",
         ):
             assert (root / place).exists(), place
+        for place in (f"csrc/cpu/{operator}.cpp", f"csrc/cuda/{operator}.cu"):
+            assert (root / place).exists() != (operator in ("prepare_samples", "reduce_losses")), place
