@@ -50,10 +50,13 @@ def _fake(embeddings: Tensor, labels: Tensor, index: Tensor, *_: Any) -> tuple[T
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, norm, targets = output
     ctx.mark_non_differentiable(norm, targets)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(inputs[0], x, norm)
 
 
-def _backward(ctx: Any, grad_x: Tensor, *_: Any) -> Any:
+def _backward(ctx: Any, grad_x: Tensor | None, *_: Any) -> Any:
+    if grad_x is None:
+        return None, None, None, None, None
     embeddings, x, norm = ctx.saved_tensors
     return call("prepare_samples_backward", grad_x, embeddings, x, norm), None, None, None, None
 

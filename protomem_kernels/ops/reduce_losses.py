@@ -47,10 +47,13 @@ def _fake(cosine: Tensor, n: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, slope_cosine, slope_n = output
     ctx.mark_non_differentiable(slope_cosine, slope_n)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(slope_cosine, slope_n, *inputs[:2])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+    if grad is None:
+        return (None,) * 8
     slope_cosine, slope_n, *_ = ctx.saved_tensors
     return grad * slope_cosine, grad * slope_n, *[None] * 6
 
