@@ -102,8 +102,22 @@ def _runs_the_same_lines_as_another(item: pytest.Item) -> bool:
     return item.nodeid.startswith("tests/ops/") and parameters.get("backend") == "cpu"
 
 
+def _is_seen_in_small_chunks(item: pytest.Item) -> bool:
+    """Say whether this is a contract test on the chunked backend in a dtype that its own tests have.
+
+    It costs the interpreter most, and float64 and float16 change nothing there but how numbers are split
+    (tests/backends/chunked).
+    """
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return parameters.get("backend") == "chunked" and str(parameters.get("dtype")) in ("torch.float64", "torch.float16")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the slow tests, so that none of them is left for one process alone at the end."""
+    left_out = {item for item in items if _is_seen_in_small_chunks(item) and not item.get_closest_marker("gpu")}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.pluginmanager.hasplugin("_cov"):
         return

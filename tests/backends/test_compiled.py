@@ -201,14 +201,14 @@ def test_explain_tells_what_serves_a_gpu_that_is_not_there(
     for arch in served:
         choices = pmk.explain("enqueue_", architecture=arch)
         assert choices[0] == ("cuda", True, None)
-        assert [choice.chosen for choice in choices[1:]] == [False] * 3
+        assert [choice.chosen for choice in choices[1:]] == [False] * 4
     for arch in refused:
         first = pmk.explain("aggregate_prototypes", architecture=arch)[0]
         names = ", ".join(f"sm_{name}" for name in architectures)
         assert not first.chosen
         assert first.reason == f"it was built for {names} and newer (PROTOMEM_CUDA_ARCH_LIST), and this is sm_{arch}"
     assert pmk.explain("margin_softmax_loss", architecture=90)[0].backend == "triton"
-    assert pmk.explain("enqueue_", architecture=90)[2].reason == "serves tensors on the CPU"
+    assert pmk.explain("enqueue_", architecture=90)[3] == ("cpu", False, "serves tensors on the CPU")
     assert pmk.explain("margin_softmax_logits", architecture=90)[0].backend == "triton"
     wide = pmk.explain("aggregate_prototypes", torch.zeros(2, 1025), architecture=served[0])
     assert wide[0].reason == "serves rows of at most 1024 columns, got (2, 1025)"

@@ -19,6 +19,7 @@ from protomem_kernels.backends.choice import BACKENDS, explain, use_backend
 from protomem_kernels.backends.operators import OPERATORS, PROBLEMS
 from protomem_kernels.backends.protocol import Backend
 from protomem_kernels.ops import problems
+from protomem_kernels.rows import accumulation_dtype
 from tests.ops.cases import each_dtype, marks_of
 
 CPU = torch.device("cpu")
@@ -267,7 +268,8 @@ def test_every_operator_and_dtype_has_problems():
         for dtype in self_check.TOLERANCE:
             for args in PROBLEMS[operator](dtype):
                 floating = [arg for arg in args if isinstance(arg, torch.Tensor)]
-                assert self_check.narrowest(floating) == dtype
+                given = accumulation_dtype(dtype) if operator == "reduce_losses" else dtype  # it never meets a memory
+                assert self_check.narrowest(floating) == given
 
 
 @each_dtype
@@ -280,6 +282,8 @@ def test_every_operator_and_dtype_has_problems():
 def test_no_false_alarm(backend, operator, seed, dtype):
     if backend == "triton" and seed:
         pytest.skip("once is enough for the interpreter")
+    if BACKENDS[backend].kernel(operator) is None:
+        pytest.skip("has no kernel for it: tests/ops/test_another_operator.py")
     kernels = BACKENDS[backend].kernel(operator), REFERENCE.kernel(operator)
     with problems.drawn(seed):
         assert self_check.check(operator, *kernels, dtype, CPU) is None

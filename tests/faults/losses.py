@@ -13,20 +13,6 @@ FAULTS = [
         "tests/ops/test_reduce_losses.py::test_loss_and_gradients",
     ),
     Fault(
-        "ignored samples in the fused mean",
-        "backends/triton/reduce_losses.py",
-        "rows < batch, capacity) >= 0).to(tl.int32)",
-        "rows < batch, capacity) >= -1).to(tl.int32)",
-        "tests/ops/test_reduce_losses.py::test_loss_and_gradients",
-    ),
-    Fault(
-        "the fused gradient along the embedding left in",
-        "backends/triton/prepare_samples.py",
-        "(g - along * x) / tl.where",
-        "g / tl.where",
-        "tests/test_launches.py::test_few_launches_say_what_many_do",
-    ),
-    Fault(
         "a broken embedding hidden by the fused targets",
         "backends/triton/prepare_samples.py",
         "targets = tl.where((labels >= 0) & (slots < 0) & (finite == 0), 0, slots)",

@@ -252,7 +252,7 @@ TABLE: dict[str, Mapping[str, Lines]] = {
     "targets": {"any": rows_held(2048), "interpreted": always(Launch(rows=64))},
     "reduction": {"any": rows_held(1024), "interpreted": always(Launch(rows=64))},
     "chosen negatives": {"any": slots_held(8192, most=32), "interpreted": always(Launch(slots=64))},
-    "losses": {"any": always(Launch(slots=512))},  # reduce_losses: one program
+    "losses": {"any": always(Launch(slots=256))},  # reduce_losses: one program
     # What the operators on the memory share.
     "inverse lengths": {
         "any": {size: everywhere(Launch(slots=2048 // size, depth=size)) for size in NARROW},

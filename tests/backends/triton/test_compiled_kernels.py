@@ -76,7 +76,8 @@ MATRIX_BOUND += [(86, "float16", 128), (100, "float16", 128), (90, "float16", 51
 @pytest.mark.slow
 @each_module
 def test_what_is_shipped(module: str) -> None:
-    check(module, ALL)
+    between_products = ".chunked." in module  # without products of their own: alike on every architecture
+    check(module, ALL[1::2] if between_products else ALL)
 
 
 @pytest.mark.slow

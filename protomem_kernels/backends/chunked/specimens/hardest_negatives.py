@@ -11,8 +11,4 @@ from protomem_kernels.backends.triton.specimens import Specimen
 
 def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     """Describe the kernel for the compile tests and the static report, for a memory of ``dtype``."""
-    bare = {"occupied_ptr": None, "inverse_ptr": None}
-    return [
-        specimen("maxima", maxima_kernel, arch, dtype, parts(dtype), **bare),
-        specimen("maxima, every option", maxima_kernel, arch, dtype, parts(dtype)),
-    ]
+    return [specimen("maxima, every option", maxima_kernel, arch, dtype, parts(dtype))]

@@ -15,11 +15,10 @@ def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
     """Describe the kernels for the compile tests and the static report, for a memory of ``dtype``."""
     kind = torch.bfloat16 if dtype == torch.bfloat16 else accumulation_dtype(dtype)  # of the weights of gradients
     found = [
-        specimen("finish", finish_kernel, arch, dtype, parts(dtype), **BARE),
         specimen("finish, every option", finish_kernel, arch, dtype, parts(dtype)),
         specimen("gradients", gradients_kernel, arch, dtype, 1, logits_ptr=None, **BARE),
         specimen("gradients, every option", gradients_kernel, arch, dtype, parts(dtype)),
     ]
-    for each in found[2:]:
+    for each in found[1:]:
         each.signature["weights_ptr"] = f"*{triton_type(kind)}"
     return found

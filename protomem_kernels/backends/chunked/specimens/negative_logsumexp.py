@@ -22,9 +22,6 @@ def specimens(arch: int, dtype: torch.dtype, dim: int) -> list[Specimen]:
 
     return [
         forward("weights", **BARE, **fixed),
-        forward("weights, medium", **BARE, **fixed, PARTS=1),
         forward("weights, every option"),
-        forward("sums alone", weights_ptr=None, **BARE, **fixed),
-        specimen("probabilities", probabilities_kernel, arch, dtype, count, **BARE, **unit),
         specimen("probabilities, every option", probabilities_kernel, arch, dtype, count, **unit),
     ]
