@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protomem_kernels.backends import precision
 from protomem_kernels.backends.chunked import products
-from protomem_kernels.backends.chunked.products import cut, factor_of, logits_of, present_rows
+from protomem_kernels.backends.chunked.products import cut, factor_of, logits_of, part_of, present_rows
 from protomem_kernels.backends.chunked.weights import load_logits
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.hardest_negatives import TILE, Memory, hardest_of, keep_largest
@@ -91,7 +91,7 @@ def _best_tiles(x: Tensor, targets: Tensor, memory: Memory, chosen: int) -> Tens
     how = launch.choose("chunk", launch.architecture(x.device), dtype, dim)
     with products.held():
         for here in cut(capacity, step):
-            present = None if occupied is None else occupied[here]
+            present = part_of(occupied, here)
             rows = present_rows(prototypes[here], present, dtype)
             for block in cut(batch, products.ROWS):
                 size = block.stop - block.start
@@ -100,7 +100,7 @@ def _best_tiles(x: Tensor, targets: Tensor, memory: Memory, chosen: int) -> Tens
                     logits_of(factor[:, block], rows, logits),
                     targets[block],
                     present,
-                    None if inverse is None else inverse[here],
+                    part_of(inverse, here),
                     here.start,
                     len(rows),
                     size,

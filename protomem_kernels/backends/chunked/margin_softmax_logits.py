@@ -18,7 +18,7 @@ from torch import Tensor
 
 from protomem_kernels.backends import precision
 from protomem_kernels.backends.chunked import products
-from protomem_kernels.backends.chunked.products import add_product_, cut, factor_of, logits_of, present_rows
+from protomem_kernels.backends.chunked.products import add_product_, cut, factor_of, logits_of, part_of, present_rows
 from protomem_kernels.backends.chunked.weights import load_logits
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.cosines import inverse_lengths
@@ -186,10 +186,6 @@ def gradients_kernel(
     tl.store(weights_ptr + at, narrow(h, weights_ptr.dtype.element_ty), mask=keep[:, None] & (lanes < width)[None, :])
 
 
-def _optional(vector: Tensor | None, here: slice) -> Tensor | None:
-    return None if vector is None else vector[here]
-
-
 def _launch(x: Tensor, prototypes: Tensor) -> launch.Launch:
     dtype = launch.compute_dtype(x, prototypes)
     return launch.choose("chunk", launch.architecture(x.device), dtype, x.shape[1])
@@ -233,9 +229,9 @@ def margin_softmax_logits(
                     logits_of(factor[:, block], rows, logits),
                     targets[block],
                     target_logits[block],
-                    _optional(occupied, here),
-                    _optional(inverse, here),
-                    _optional(threshold, block),
+                    part_of(occupied, here),
+                    part_of(inverse, here),
+                    part_of(threshold, block),
                     coefficients,
                     here.start,
                     len(rows),
@@ -297,7 +293,7 @@ def margin_softmax_logits_backward(
     how = _launch(x, prototypes)
     with products.held():
         for here in cut(capacity, step):
-            present, lengths = _optional(occupied, here), _optional(inverse, here)
+            present, lengths = part_of(occupied, here), part_of(inverse, here)
             rows = present_rows(prototypes[here], present, stored)
             values = rows if lengths is None else rows * lengths.nan_to_num()[:, None]
             values = values.to(dtype)
@@ -312,7 +308,7 @@ def margin_softmax_logits_backward(
                     targets[block],
                     present,
                     lengths,
-                    _optional(threshold, block) if has_form else None,
+                    part_of(threshold, block) if has_form else None,
                     coefficients if has_form else None,
                     here.start,
                     len(rows),

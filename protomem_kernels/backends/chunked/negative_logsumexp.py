@@ -4,8 +4,8 @@ The mathematics is derived in ``backends/reference/negative_logsumexp.py``. With
 memory's dtype (``triton/negative_logsumexp.py`` says why two suffice, and how n is put right to first order after two
 or, in "medium", one), and a chunk W of the memory:
 
-    forward     L = parts W^T;   P, sums = weights(L);   o += P W        4 (PARTS + 1) b C D operations in two products
-    backward    L = parts W^T;   P = probabilities(L);   dW = P^T parts  8 PARTS b C D
+    forward     L = parts W^T;   P, sums = weights(L);   o += P W        2 (PARTS + 1) b C D operations in two products
+    backward    L = parts W^T;   P = probabilities(L);   dW = P^T parts  4 PARTS b C D
 
 What else a chunk moves, through L2: its logits and weights, b C (8 PARTS + 4) bytes beside a 16-bit memory, and its
 rows twice more where slots may be empty, whose rows must not be multiplied as they stand. The memory itself is read
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from protomem_kernels.backends import precision
 from protomem_kernels.backends.chunked import products
-from protomem_kernels.backends.chunked.products import add_product_, cut, factor_of, logits_of, present_rows
+from protomem_kernels.backends.chunked.products import add_product_, cut, factor_of, logits_of, part_of, present_rows
 from protomem_kernels.backends.chunked.weights import probabilities_kernel, weights_kernel
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton import negative_logsumexp as whole
@@ -41,10 +41,6 @@ def _slots(x: Tensor, prototypes: Tensor, parts: int) -> int:
     per_logit = parts * x.element_size() + item
     per_slot = x.shape[1] * (2 * item + x.element_size())
     return products.slots_of_chunk(x.device, rows, len(prototypes), per_logit, per_slot)
-
-
-def _optional(vector: Tensor | None, here: slice) -> Tensor | None:
-    return None if vector is None else vector[here]
 
 
 class _Sums:
@@ -112,7 +108,7 @@ def negative_logsumexp(
     how = launch.choose("chunk", launch.architecture(x.device), dtype, x.shape[1])
     with products.held():
         for here in cut(capacity, step):
-            present = _optional(occupied, here)
+            present = part_of(occupied, here)
             rows = present_rows(prototypes[here], present, dtype)
             for block, of in zip(blocks, sums, strict=True):
                 size = block.stop - block.start
@@ -122,8 +118,8 @@ def negative_logsumexp(
                     logits_of(factor[:, block], rows, logits),
                     targets[block],
                     present,
-                    _optional(inverse, here),
-                    _optional(threshold, block),
+                    part_of(inverse, here),
+                    part_of(threshold, block),
                     coefficients,
                     of.totals,
                     of.new_totals,
@@ -211,7 +207,7 @@ def negative_logsumexp_backward_(
     how = launch.choose("chunk", launch.architecture(x.device), dtype, x.shape[1])
     with products.held():
         for here in cut(capacity, step):
-            rows = present_rows(prototypes[here], _optional(occupied, here), dtype)
+            rows = present_rows(prototypes[here], part_of(occupied, here), dtype)
             grad = grad_of_chunk[: len(rows)].zero_()
             for block in cut(len(x), products.ROWS):
                 part = factor[:, block]
@@ -221,9 +217,9 @@ def negative_logsumexp_backward_(
                     p,
                     logits_of(part, rows, logits),
                     targets[block],
-                    _optional(occupied, here),
-                    _optional(inverse, here),
-                    _optional(threshold, block),
+                    part_of(occupied, here),
+                    part_of(inverse, here),
+                    part_of(threshold, block),
                     coefficients,
                     n[block],
                     grad_n[block],
@@ -252,4 +248,4 @@ def negative_logsumexp_backward_(
             if inverse is None:
                 into.copy_(narrowed(grad, into.dtype))
             else:
-                through_normalisation(into, grad, prototypes[here], inverse[here], _optional(present, here))
+                through_normalisation(into, grad, prototypes[here], inverse[here], part_of(present, here))

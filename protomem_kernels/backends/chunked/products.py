@@ -59,6 +59,11 @@ def cut(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
+def part_of(vector: Tensor | None, here: slice) -> Tensor | None:
+    """Return the part of a vector that may not be there."""
+    return None if vector is None else vector[here]
+
+
 def factor_of(x: Tensor, prototypes: Tensor, count: int) -> tuple[Tensor, float]:
     """Return what stands for ``x`` in products, (PARTS, B, D), and how much larger it is.
 

@@ -23,25 +23,25 @@ WORD, HALF = 2.0**-24, 2.0**-9  # relative rounding of float32 and of bfloat16
 @pytest.mark.parametrize(
     ("word", "dtype", "cosine", "n"),
     [
-        ("highest", torch.bfloat16, 4 * WORD, 3e-5),
+        ("highest", torch.bfloat16, 6 * WORD, 3e-5),
         ("high", torch.bfloat16, 2.0**-16, 3e-5),
         ("medium", torch.bfloat16, HALF, 1e-4),
-        ("highest", torch.float16, 8 * WORD, 3e-5),
+        ("highest", torch.float16, 16 * WORD, 3e-5),
         ("medium", torch.float16, 2.0**-11, 3e-5),
-        ("highest", torch.float32, 4 * WORD, 3e-5),
+        ("highest", torch.float32, 16 * WORD, 3e-5),
         ("high", torch.float32, 2.0**-9, 1e-1),
     ],
     ids=str,
 )
 def test_errors(word: str, dtype: torch.dtype, cosine: float, n: float, regime: str) -> None:
-    """Bounds of rounding: n at scale 64, put right to first order beside a 16-bit memory; adversarial to second."""
+    """Bounds of rounding: 16 of float32 for a sum of 256 terms; n at s = 64, to first order beside a 16-bit memory."""
     found = errors(word, regime, dtype, SMALL)
     assert found.cosine <= cosine
     second_order = (64 * HALF) ** 2 / 2 if (word, dtype, regime) == ("medium", torch.bfloat16, "adversarial") else 0
     assert found.n <= n + second_order
     assert found.grad_x <= {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-2}[dtype]
     if word == "highest" and dtype == torch.float32:
-        assert max(found.grad_x, found.grad_w) <= 1e-5
+        assert max(found.grad_x, found.grad_w) <= 64 * 16 * WORD  # exponentials of s cos
 
 
 @interprets
