@@ -129,6 +129,10 @@ def test_a_gpu_gets_a_process_for_each_operator_backend_and_dtype(monkeypatch: p
     monkeypatch.setattr(correctness, "backends", lambda: ["triton", "cuda"])
     names = [task.name for task in correctness.tasks(Path())]
     assert len(set(names)) == len(names) == len(PROBLEMS) * 2 * 4
+    monkeypatch.setattr(correctness, "backends", lambda: ["chunked"])
+    own = {task.name.split()[0] for task in correctness.tasks(Path())}
+    assert "negative_logsumexp" in own
+    assert "enqueue_" not in own  # Triton's kernel, looked at as Triton's
     monkeypatch.setattr(speed, "stands_in", lambda: False)
     tasks = [task.name for task in speed.tasks(Path())]
     assert tasks[:3] == ["ceilings", "512 100000 512 bfloat16", "512 100000 512 float32"]
