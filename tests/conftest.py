@@ -102,19 +102,23 @@ def _runs_the_same_lines_as_another(item: pytest.Item) -> bool:
     return item.nodeid.startswith("tests/ops/") and parameters.get("backend") == "cpu"
 
 
-def _is_seen_in_small_chunks(item: pytest.Item) -> bool:
-    """Say whether this is a contract test on the chunked backend in a dtype that its own tests have.
+def _is_seen_elsewhere(item: pytest.Item) -> bool:
+    """Say whether this is a contract test on the chunked backend that its own tests, or those of Triton's, have.
 
-    It costs the interpreter most, and float64 and float16 change nothing there but how numbers are split
-    (tests/backends/chunked).
+    They cost the interpreter most. float64 and float16 change nothing there but how numbers are split, and many tiles
+    are many chunks (tests/backends/chunked); chosen negatives, and what is registered, are Triton's or the operators'.
     """
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return parameters.get("backend") == "chunked" and str(parameters.get("dtype")) in ("torch.float64", "torch.float16")
+    if parameters.get("backend") != "chunked":
+        return False
+    split = str(parameters.get("dtype")) in ("torch.float64", "torch.float16") or "many_tiles" in item.name
+    one_tile = "test_ties_go_to_the_lower_slot" in item.name  # which is found by Triton's kernels alone
+    return split or one_tile or "chosen" in item.name or item.path.name in ("test_registration.py", "test_versions.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the slow tests, so that none of them is left for one process alone at the end."""
-    left_out = {item for item in items if _is_seen_in_small_chunks(item) and not item.get_closest_marker("gpu")}
+    left_out = {item for item in items if _is_seen_elsewhere(item) and not item.get_closest_marker("gpu")}
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
