@@ -238,5 +238,19 @@ FAULTS = [
     Fault(
         "sums of the chunks before not rescaled", WEIGHTS, "total = total * rescale", "total = total * 1.0", T_CHUNKS
     ),
+    Fault(
+        "o of the chunks before not rescaled",
+        CHUNKED,
+        "moment[block].mul_(of.rescale[:, None])",
+        "pass",
+        T_CHUNKS,
+    ),
+    Fault(
+        "rows of empty slots multiplied as they stand",
+        "backends/chunked/products.py",
+        "return rows if occupied is None else torch.where(occupied[:, None], rows, 0)",
+        "return rows",
+        T_CHUNKS,
+    ),
     Fault("row's own part left in its gradient", TRITON, "c = along * inverse / scale", "c = along * 0.0", T_BLOCKS),
 ]
