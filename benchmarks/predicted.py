@@ -210,9 +210,9 @@ ASSUMED = """
 Assumed, and not known: that cut-cross-entropy's gradient on the H100 takes as many products as on the A100 (its filter
 leaves as much); that the 13.6 ms are of the forward pass, since three products in that time would be twice the peak;
 that siglip-kernel forms its logits again in the backward pass (otherwise the model is a third too low, and misses). The
-kernels' shares of the peak come from other kernels' published rates, FlashMLA's from FlashAttention-3. The A100 times of
-cut-cross-entropy (46 ms forward, 145 ms with its gradient) and some of those shares were written down from memory: their
-pages could not be opened where this was written. Five points do not make a law.
+kernels' shares of the peak come from other kernels' published rates, FlashMLA's from FlashAttention-3. The A100 times
+of cut-cross-entropy (46 ms forward, 145 ms with its gradient) and some of those shares were written down from memory:
+their pages could not be opened where this was written. Five points do not make a law.
 """
 PAGE = """# Predicted times
 
