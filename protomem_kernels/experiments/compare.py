@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from protomem_kernels.data.errors import DatasetError
 from protomem_kernels.experiments.images import prepare
 from protomem_kernels.experiments.plots import draw_ages, draw_table
 from protomem_kernels.experiments.report import markdown
@@ -100,30 +102,47 @@ def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: Observ
         watch: who is told.
 
     Raises:
-        RunError, DatasetError: a trial cannot be run, or a file not be written.
+        RunError: a trial cannot be run, or a file not be written.
+        DatasetError: the images of a table cannot be had; the other tables are made before it is raised.
     """
     watch = watch or Observer()
     watch.begin(plans)
-    source, pages = commit(), []
-    for table, results, missing in plans:
-        for method, _ in missing[:1]:  # all of a table see one data set
-            what = method.trial.data
-            for line in prepare(method.trial, lambda done, total, what=what: watch.preparing(what, done, total)):  # type: ignore[misc]
-                watch.note(line)
-        trials = run_all(
-            [trial for trial in missing if not results.borrow(*trial)],
-            jobs=jobs,
-            ages=table.contents.ages,
-            told=lambda taken, table=table: watch.steps(table, taken),  # type: ignore[misc]
-        )
-        for method, seed, figures in trials:
-            row = Row(method.name, seed, method.trial.digest(), source, figures)
-            results.add(row)
-            watch.trial(table, row)
-        if results.rows:
-            pages.append(write_page(results, command))
-            watch.written(table, pages[-1])
+    source, pages, refused = commit(), list[Path](), list[DatasetError]()
+    for plan in plans:
+        try:
+            _prepare(plan, watch)
+        except DatasetError as error:  # the others may have their images
+            watch.note(f"{plan.table.name} is left out: {error}")
+            refused.append(error)
+            continue
+        for row in _run(plan, jobs, source, watch):
+            plan.results.add(row)
+            watch.trial(plan.table, row)
+        if plan.results.rows:
+            pages.append(write_page(plan.results, command))
+            watch.written(plan.table, pages[-1])
+    if refused:
+        raise refused[0]
     return pages
+
+
+def _prepare(plan: Plan, watch: Observer) -> None:
+    """Make the images of a table, all of whose methods see one data set, if anything is to be run on them."""
+    for method, _ in plan.missing[:1]:
+        for line in prepare(method.trial, partial(watch.preparing, method.trial.data)):
+            watch.note(line)
+
+
+def _run(plan: Plan, jobs: int, source: str, watch: Observer) -> Iterator[Row]:
+    """Run what no other table of the folder has, and yield its rows."""
+    trials = run_all(
+        [trial for trial in plan.missing if not plan.results.borrow(*trial)],
+        jobs=jobs,
+        ages=plan.table.contents.ages,
+        told=partial(watch.steps, plan.table),
+    )
+    for method, seed, figures in trials:
+        yield Row(method.name, seed, method.trial.digest(), source, figures)
 
 
 def write_page(results: Results, command: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from protomem_kernels.data.images import DatasetError
-from protomem_kernels.experiments.compare import compare, own_folder, plan
+from protomem_kernels.experiments.compare import Observer, compare, own_folder, plan
 from protomem_kernels.experiments.report import figure, markdown
 from protomem_kernels.experiments.results import Results, Row, read_rows, write_rows
 from protomem_kernels.experiments.table import read_table, table_from
@@ -129,6 +129,20 @@ def test_a_comparison_runs_what_is_missing_and_writes_its_page(tmp_path):
     assert rows[0] == before[0], "nothing is run twice"
     assert {path.name for path in tmp_path.iterdir()} == {"heads.csv", "heads.md", "heads.png", "heads_ages.png"}
     assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+
+
+def test_a_table_whose_images_are_not_there_keeps_no_other_from_being_made(tmp_path):
+    fonts = {"data": "hangul", "fonts": str(tmp_path / "nowhere")}
+    first = table_from(TABLE | {"shared": SMALL | fonts}, "first", quick=True)
+    second = table_from(TABLE | {"methods": {"memory": {}}}, "second", quick=True)
+    notes = []
+    watch = Observer()
+    watch.note = notes.append
+    with pytest.raises(DatasetError, match="nowhere: expected font files"):
+        compare(plan([first, second], tmp_path), command="again", watch=watch)
+    assert (tmp_path / "second.md").exists()
+    assert not (tmp_path / "first.md").exists()
+    assert notes[0].startswith("first is left out: ")
 
 
 def test_one_comparison_at_a_time_writes_into_a_folder(tmp_path):
