@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from protomem_kernels.backends import triton
-from protomem_kernels.backends.choice import BACKENDS
+from protomem_kernels.backends.choice import BACKENDS, use_backend
 
 # The CUDA kernels can be built so that they run on the CPU, in one of the modes of tests/cuda_host.
 if "PROTOMEM_CUDA_HOST_BACKEND" in os.environ:
@@ -121,3 +122,24 @@ def assert_as_close_as(ours: Tensor, peer: Tensor, truth: Tensor, tiny: float = 
     allowed = torch.where(peer.double() == truth, 0, (peer.double() - truth).abs()).max() if truth.numel() else 0.0
     scale = torch.where(torch.isfinite(truth), truth.abs(), 0).max().item() if truth.numel() else 0.0
     assert float(error) <= 2 * float(allowed) + tiny * (1 + scale), f"error {float(error)}, peer {float(allowed)}"
+
+
+def assert_gradients_hold(backend: str, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+    """Hold the gradients on a backend to differences of the values, entry by entry.
+
+    In an interpreter that takes long: there it is done along random directions, and entry by entry the gradients are
+    held to those of the reference.
+    """
+
+    def gradients(name: str) -> list[Tensor]:
+        with use_backend(name):
+            made = function(*inputs)
+        outputs = made if isinstance(made, tuple) else (made,)
+        generator = torch.Generator().manual_seed(0)
+        upstream = [torch.randn(output.shape, generator=generator, dtype=output.dtype) for output in outputs]
+        return [*torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True)]
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=interpreted(backend))
+    if interpreted(backend):
+        torch.testing.assert_close(gradients(backend), gradients("reference"))

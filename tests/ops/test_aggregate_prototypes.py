@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 import protomem_kernels as pmk
-from tests.ops.cases import assert_as_close_as, each_backend_of_batches, each_dtype, far_apart, interpreted, strided
+from tests.ops.cases import (
+    assert_as_close_as,
+    assert_gradients_hold,
+    each_backend_of_batches,
+    each_dtype,
+    far_apart,
+    interpreted,
+    strided,
+)
 from tests.ops.properties import given, settings, st
 
 LAST = 2**63 - 1
@@ -242,11 +250,10 @@ def test_gradcheck(backend: str, normalize: bool, weighted: bool) -> None:
     labels = torch.tensor([4, 4, 0, -1, 0, 0, 9, 4, -1])
 
     def call(e: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        with pmk.use_backend(backend):
-            result = pmk.aggregate_prototypes(e, labels, q if weighted else None, normalize=normalize, max_identities=5)
+        result = pmk.aggregate_prototypes(e, labels, q if weighted else None, normalize=normalize, max_identities=5)
         return result.prototypes, result.mass
 
-    assert torch.autograd.gradcheck(call, (e, q))
+    assert_gradients_hold(backend, call, (e, q))
 
 
 @each_backend_of_batches

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import protomem_kernels as pmk
-from tests.ops.cases import assert_as_close_as, each_backend, each_dtype, each_shape, strided
+from tests.ops.cases import assert_as_close_as, assert_gradients_hold, each_backend, each_dtype, each_shape, strided
 from tests.ops.dense import dense_logits
 from tests.ops.test_margin_softmax_loss import inputs
 
@@ -143,12 +143,11 @@ def test_gradcheck(backend: str, normalize: bool) -> None:
     w = (w * 1.4 if normalize else w).requires_grad_()
 
     def call(x: Tensor, w: Tensor) -> Tensor:
-        with pmk.use_backend(backend):
-            return pmk.margin_softmax_logits(
-                x, w, targets, scale=3.0, mining=pmk.NoisyNegativeFilter(0.2), normalize_prototypes=normalize
-            )
+        return pmk.margin_softmax_logits(
+            x, w, targets, scale=3.0, mining=pmk.NoisyNegativeFilter(0.2), normalize_prototypes=normalize
+        )
 
-    assert torch.autograd.gradcheck(call, (x, w))
+    assert_gradients_hold(backend, call, (x, w))
 
 
 @each_backend
