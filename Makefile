@@ -135,11 +135,12 @@ $(CUDA_BUILT): $(READY) setup.py $(CUDA_FILES)
 	PROTOMEM_BUILD_CPU=keep PROTOMEM_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $(CUDA_BUILT)
 
-# The environment is rebuilt when the lock or the package's metadata changes.
+# The environment is rebuilt when the lock or the package's metadata changes. Of what is installed a third is ever
+# imported: it is compiled to bytecode then, by both cores, where pip would compile all of it on one.
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.lock
 	PROTOMEM_BUILD_CUDA=keep $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY) $(BUILT)
 
