@@ -8,13 +8,16 @@ machine code, through the tools in Triton's wheel: what ``cuobjdump`` says about
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -35,7 +38,7 @@ DESCRIBED = (of_triton, of_chunked)  # folders whose modules describe kernels
 
 TENSOR_CORES = re.compile(r"(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 LOCAL = re.compile(r"(LDL|STL)\b")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 # What ptxas -v always says. Whatever else it says is a warning, though it calls some "info": a serialized wgmma is one.
 PTXAS_INFO = re.compile(
     r"ptxas\S* info\s*: (\d+ bytes gmem|Compiling entry|Function properties for|Used \d+ registers|Compile time)"
@@ -97,25 +100,40 @@ def count_all(jobs: Iterable[Job], processes: int = 2) -> list[Count]:
     """Return the counts of every job, in order: counted in so many fresh processes, or, if that is one, in this one."""
     jobs = list(jobs)
     if processes == 1:
-        return [count for job in jobs for count in count_job(job)]
+        return count_jobs(jobs)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return [count for counts in pool.map(count_job, jobs) for count in counts]
 
 
 def count_job(job: Job) -> list[Count]:
     """Return the counts of one job, in this process."""
+    return count_jobs([job])
+
+
+def count_jobs(jobs: Sequence[Job]) -> list[Count]:
+    """Return the counts of the jobs, in order, in this process."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile")
+    kernels = []
+    cubins: dict[int, set[bytes]] = {}
+    for job in jobs:
+        for specimen in _specimens(job):
+            compiled = compile_for(specimen, job.arch, job.dim)
+            kernels.append((job, specimen, compiled))
+            cubins.setdefault(job.arch, set()).add(compiled.asm["cubin"])
+    codes = {arch: instructions(arch, [*found]) for arch, found in cubins.items()}
+    return [_count(job, specimen, compiled, codes[job.arch]) for job, specimen, compiled in kernels]
+
+
+def _specimens(job: Job) -> list[Specimen]:
     module = importlib.import_module(job.module)
-    dtype: torch.dtype = getattr(torch, job.dtype)
-    specimens: list[Specimen] = module.specimens(job.arch, dtype, job.dim)
-    return [_count(job, specimen) for specimen in specimens if specimen.matrix_bound or not job.matrix_bound_only]
+    specimens: list[Specimen] = module.specimens(job.arch, getattr(torch, job.dtype), job.dim)
+    return [specimen for specimen in specimens if specimen.matrix_bound or not job.matrix_bound_only]
 
 
-def _count(job: Job, specimen: Specimen) -> Count:
-    compiled = compile_for(specimen, job.arch, job.dim)
+def _count(job: Job, specimen: Specimen, compiled: Any, counted: dict[bytes, Counter[str]]) -> Count:
     registers, stack = resources(compiled.asm["cubin"])
-    codes = instructions(compiled.asm["cubin"])
+    codes = counted[compiled.asm["cubin"]]
     matching = functools.partial(_matching, codes)
     return Count(
         module=job.module,
@@ -251,10 +269,26 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-@functools.cache  # a kernel whose size is known at run time alone is the same code for many sizes
-def instructions(cubin: bytes) -> Counter[str]:
-    """Return how often every instruction stands in the machine code; where its branches lead is not looked into."""
-    return Counter(INSTRUCTION.findall(_tool("nvdisasm", ["-c", "-ndf"], cubin)))
+def instructions(arch: int, cubins: Sequence[bytes]) -> dict[bytes, Counter[str]]:
+    """Return for each cubin how often every instruction stands in its code; where branches lead is not looked into.
+
+    The disassembler takes a quarter of a second to start, whatever it is given: so it is given all code at once.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    ends = [*itertools.accumulate(map(len, codes))]
+    counts = [Counter[str]() for _ in cubins]
+    for address, code in INSTRUCTION.findall(_tool("nvdisasm", ["-ndf", "--binary", f"SM{arch}"], b"".join(codes))):
+        counts[bisect.bisect_right(ends, int(address, 16))][code] += 1
+    return dict(zip(cubins, counts, strict=True))
+
+
+def _code(cubin: bytes) -> bytes:
+    """Return what can be executed: those sections of an ELF file of 64 bits, one after the other."""
+    (start,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number = struct.unpack_from("<2H", cubin, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", cubin, start + size * place) for place in range(number)]
+    executable = 4  # SHF_EXECINSTR
+    return b"".join(cubin[at : at + length] for _, _, flags, _, at, length in sections if flags & executable)
 
 
 def _tool(name: str, options: Sequence[str], cubin: bytes) -> str:

@@ -98,7 +98,7 @@ def read(library: Path = cuda.LIBRARY) -> list[Compiled]:
         resources[arch, function] = registers, stack + local, max(0, shared - (SYSTEM_SHARED if arch >= 90 else 0))
     found = []
     for arch, function, text in _functions(library, "-sass"):
-        codes = INSTRUCTION.findall(text)
+        codes = [code for _, code in INSTRUCTION.findall(text)]
         ordering = tuple(code for code in codes if ORDERING.match(code))
         found.append(Compiled(readable(function), arch, *resources[arch, function], Counter(codes), ordering))
     return found
