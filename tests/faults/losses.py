@@ -29,8 +29,8 @@ FAULTS = [
     Fault(
         "fresh rows stay in the memory too",
         "losses.py",
-        "self.memory.occupied & ~written",
-        "self.memory.occupied",
+        "(ring.identities >= 0) & ~written",
+        "ring.identities >= 0",
         T_LOSSES,
     ),
     Fault(

@@ -31,8 +31,8 @@ FAULTS = [
     Fault(
         "backward is served by whoever comes first",
         "ops/same_backend.py",
-        "if ctx.backend is None:",
-        "if True:",
+        "if ctx.backend is not None:",
+        "if False:",
         "tests/backends/test_choice.py",
     ),
     Fault(
@@ -52,8 +52,8 @@ FAULTS = [
     Fault(
         "a backend that refuses serves all the same",
         "backends/choice.py",
-        "kernel is None or backend.refuses(operator, tensors) is not None",
-        "kernel is None",
+        "if kernel is None or backend.refuses(operator, tensors) is not None",
+        "if kernel is None",
         f"{T_REGISTRATION}::test_another_backend_plugs_in_and_may_refuse",
     ),
 ]
