@@ -171,23 +171,26 @@ def test_what_keeps_a_trial_from_running_is_told_with_its_name(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_the_command_stops_at_a_signal_and_goes_on(tmp_path):
-    file = tmp_path / "heads.toml"
+    file, rows_file = tmp_path / "heads.toml", tmp_path / "out" / "heads.csv"
     slow = {"full": {"head": "full", "steps": 100_000}}
     file.write_text(tomli_w.dumps(TABLE | {"seeds": [0], "methods": TABLE["methods"] | slow}))
     command = [sys.executable, "-m", "protomem_kernels", "compare", str(file), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out" / "heads.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert told.splitlines()[-1].startswith("stopped by SIGINT; go on with: protomem compare ")
-    rows = read_rows(tmp_path / "out" / "heads.csv")
+    try:
+        deadline = time.monotonic() + 120
+        while not rows_file.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell has started in the background
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert told.splitlines()[-1].startswith("stopped by SIGTERM; go on with: protomem compare ")
+    rows = read_rows(rows_file)
     assert [found.method for found in rows] == ["memory"]
     file.write_text(tomli_w.dumps(TABLE | {"seeds": [0]}))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "heads: Heads; 1 trials are there, 1 to run" in done.stdout
-    assert read_rows(tmp_path / "out" / "heads.csv")[0] == rows[0]
+    assert read_rows(rows_file)[0] == rows[0]
