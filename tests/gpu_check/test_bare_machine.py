@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from protomem_kernels.backends.operators import OPERATORS, PROBLEMS
+
 ROOT = Path(__file__).parents[2]
 SUITE = """
 import warnings
@@ -91,7 +93,7 @@ def test_with_a_stand_in_every_part_runs_through(
     assert by_name["backend cuda"]["available"] is False
     assert by_name["explain margin_softmax_loss bfloat16"]["choices"]["triton"]
     judged = [line for line in parts["correctness"] if "allowed" in line]
-    assert len(judged) == 3
+    assert len(judged) == -(-sum(operator in PROBLEMS for operator in OPERATORS) // 3)  # every third of them
     assert all(line["ok"] and line["error"] <= line["allowed"] for line in judged)
     timed = {line["what"]: line for line in parts["speed"]}
     assert all(line["ms"] > 0 for line in timed.values())
