@@ -38,12 +38,15 @@ def preference(operator: str, tensors: Sequence[Tensor] = (), architecture: int 
     Small operators want a quick launch, which CUDA C++ has. For the others it is the predicted time of their products
     on the tensors' GPU, or on one of this architecture (``rates``); where neither is known, Triton comes first.
     """
-    if OPERATORS.get(operator) == BATCH:
+    works_through = OPERATORS.get(operator)
+    if works_through == BATCH:
         return _IN_ORDER
     if architecture is None and tensors and tensors[0].is_cuda:
         architecture = _architecture(tensors[0].device)
+    if architecture is None or works_through != MEMORY:
+        return _TRITON_FIRST
     matrices = [tensor for tensor in tensors if tensor.ndim == 2 and tensor.dtype.is_floating_point]
-    if architecture is None or not matrices or OPERATORS.get(operator) != MEMORY:
+    if not matrices:
         return _TRITON_FIRST
     return _by_time(operator, narrowest(tensors), matrices[-1].shape[1], architecture, precision.in_force())
 

@@ -89,7 +89,7 @@ def _best_tiles(x: Tensor, targets: Tensor, memory: Memory, chosen: int) -> Tens
     step = products.slots_of_chunk(x.device, rows_at_once, capacity, len(factor) * x.element_size(), per_slot)
     logits = x.new_empty(len(factor) * rows_at_once * min(step, capacity))
     how = launch.choose("chunk", launch.architecture(x.device), dtype, dim)
-    with products.held():
+    with precision.held_by_cublas():
         for here in cut(capacity, step):
             present = part_of(occupied, here)
             rows = present_rows(prototypes[here], present, dtype)

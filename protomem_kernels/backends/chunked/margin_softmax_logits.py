@@ -219,7 +219,7 @@ def margin_softmax_logits(
     step = products.slots_of_chunk(x.device, most, capacity, (len(factor) + 1) * size, 2 * dim * dtype.itemsize)
     logits = x.new_empty(len(factor) * most * min(step, capacity))
     how = _launch(x, prototypes)
-    with products.held():
+    with precision.held_by_cublas():
         for here in cut(capacity, step):
             rows = prototypes[here].to(dtype)  # what stands in an empty slot touches its own column alone
             for block in cut(batch, products.ROWS):
@@ -291,7 +291,7 @@ def margin_softmax_logits_backward(
     weights = x.new_empty(most * step, dtype=dtype)
     grad_of_chunk = x.new_empty(step, dim) if need_prototypes else None
     how = _launch(x, prototypes)
-    with products.held():
+    with precision.held_by_cublas():
         for here in cut(capacity, step):
             present, lengths = part_of(occupied, here), part_of(inverse, here)
             rows = present_rows(prototypes[here], present, stored)

@@ -106,7 +106,7 @@ def negative_logsumexp(
     logits = x.new_empty(len(factor) * most * step)
     weights = x.new_empty(0 if moment is None else most * step, dtype=dtype)
     how = launch.choose("chunk", launch.architecture(x.device), dtype, x.shape[1])
-    with products.held():
+    with precision.held_by_cublas():
         for here in cut(capacity, step):
             present = part_of(occupied, here)
             rows = present_rows(prototypes[here], present, dtype)
@@ -205,7 +205,7 @@ def negative_logsumexp_backward_(
     logits, weights = x.new_empty(len(factor) * most * step), x.new_empty(most * step, dtype=dtype)
     grad_of_chunk = x.new_empty(step, x.shape[1])
     how = launch.choose("chunk", launch.architecture(x.device), dtype, x.shape[1])
-    with products.held():
+    with precision.held_by_cublas():
         for here in cut(capacity, step):
             rows = present_rows(prototypes[here], part_of(occupied, here), dtype)
             grad = grad_of_chunk[: len(rows)].zero_()

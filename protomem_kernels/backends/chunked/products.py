@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from protomem_kernels.backends import precision
 from protomem_kernels.backends.triton import launch
 from protomem_kernels.backends.triton.logsumexp_samples import LIFT, split_into
 
@@ -102,6 +101,3 @@ def logits_of(factor: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     products = out[: parts * batch * len(rows)].view(parts * batch, len(rows))
     multiply(factor.reshape(parts * batch, dim), rows.T, products)
     return products.view(parts, batch, len(rows))
-
-
-held = precision.held_by_cublas
