@@ -71,12 +71,12 @@ def warm_start(
 def _fill_memory(memory: PrototypeMemory, weight: Tensor, labels: Tensor) -> None:
     """Write some rows after the others; no call has more identities than one rank's shard has slots."""
     ranks = memory.ranks
-    at_a_time = max(1, min(ROWS_AT_A_TIME, memory.shard_size) // ranks.size)
+    at_a_time = max(1, min(ROWS_AT_A_TIME, memory.slots_in_use) // ranks.size)
     device = memory.identities.device
     most = int(ranks.max_(torch.tensor(len(weight), device=device)))
     rows = int(ranks.sum_(torch.tensor(len(weight), device=device)))
-    if rows > memory.capacity and ranks.rank == 0:
-        _LOG.warning("%d rows for a memory of %d slots: of new identities the last stay", rows, memory.capacity)
+    if rows > memory.capacity_in_use and ranks.rank == 0:
+        _LOG.warning("%d rows for a memory of %d slots: of new identities the last stay", rows, memory.capacity_in_use)
     for start in range(0, most, at_a_time):
         part = slice(start, start + at_a_time)
         memory.update(weight[part].to(device), labels[part].to(device))

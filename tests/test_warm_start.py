@@ -30,6 +30,17 @@ def test_a_memory_holds_the_classes_directions(of: str) -> None:
     loss_fn.memory.state.validate()
 
 
+def test_a_memory_that_uses_some_of_its_slots_keeps_the_last_rows(caplog: pytest.LogCaptureFixture) -> None:
+    memory = pmk.PrototypeMemory(capacity=12, embedding_dim=DIM)
+    memory.use(4)
+    with caplog.at_level(logging.WARNING):
+        pmk.warm_start(memory, classifier())
+    assert "9 rows for a memory of 4 slots" in caplog.text
+    assert sorted(memory.identities[memory.occupied].tolist()) == [5, 6, 7, 8]
+    last = torch.arange(5, CLASSES)
+    torch.testing.assert_close(memory.prototypes_of(last), functional.normalize(classifier())[last])
+
+
 def test_the_first_step_is_that_of_the_classifier() -> None:
     """A loss against the memory that is warm is the loss over the class weights that it comes from."""
     embeddings, labels = torch.randn(4, DIM), torch.tensor([0, 3, 8, 3])
