@@ -62,8 +62,9 @@ class Display(Observer):
         """Show the step, and write the step to TensorBoard."""
         self._smooth = step.loss if not self._smooth else 0.9 * self._smooth + 0.1 * step.loss
         self._steps.show(step, self._smooth)
-        for name in ("loss", "learning_rate", "occupancy", "gradient_norm"):
-            self._writer.add_scalar(f"train/{name}", getattr(step, name), step.number)
+        for name, value in step._asdict().items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"train/{name}", value, step.number)
         if step.health is not None:
             step.health.write(self._writer, step.number)
 

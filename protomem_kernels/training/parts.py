@@ -17,12 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 import protomem_kernels
 from protomem_kernels import quality
-from protomem_kernels.margins import LabelMargins, Margin
+from protomem_kernels.margins import Margin
 from protomem_kernels.mining import MiningRule
 from protomem_kernels.training.errors import RunError
 
 KINDS: dict[str, Callable[[type], bool]] = {
-    "margin": lambda made: issubclass(made, Margin) and made is not LabelMargins,  # of a tensor or a function
+    "margin": lambda made: issubclass(made, Margin),
     "mining": lambda made: issubclass(made, MiningRule),
     "quality": lambda made: made.__module__ == quality.__name__,
 }
@@ -40,7 +40,8 @@ def named(kind: str) -> dict[str, Any]:
     'NormQuality'
     """
     public = (getattr(protomem_kernels, name) for name in protomem_kernels.__all__)
-    return {_name(made, kind): made for made in public if isinstance(made, type) and KINDS[kind](made)}
+    classes = (made for made in public if isinstance(made, type) and KINDS[kind](made))
+    return {_name(made, kind): made for made in classes if _can_be_told(made)}
 
 
 def choices(kind: str) -> list[str]:
@@ -137,6 +138,12 @@ def _parameters(kind: str, name: str) -> dict[str, inspect.Parameter]:
     found = inspect.signature(made, eval_str=True).parameters
     plain = {key: p for key, p in found.items() if p.annotation in VALUES or _inner(made, key)}
     return {key: p for key, p in plain.items() if p.default is not p.empty or _inner(made, key)}
+
+
+def _can_be_told(made: type) -> bool:
+    """Tell whether all that a class asks for can stand in a text; a tensor or a function cannot."""
+    asked = inspect.signature(made, eval_str=True).parameters
+    return all(p.default is not p.empty or p.annotation in VALUES or _inner(made, key) for key, p in asked.items())
 
 
 def _inner(made: type, key: str) -> bool:
