@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from protomem_kernels.cli.errors import errors_in_one_line
-from protomem_kernels.experiments.compare import Observer, Plan, compare, own_folder, plan
+from protomem_kernels.experiments.compare import CompareObserver, Plan, alone_in, compare, plan
 from protomem_kernels.experiments.results import Row
-from protomem_kernels.experiments.table import Table, read_table, shipped
+from protomem_kernels.experiments.table import MethodTable, read_table, shipped
 from protomem_kernels.training.stopping import RunStopped, StopSignals
 
 
@@ -53,13 +54,13 @@ def compare_(
     command = shlex.join(words)
     shown = Shown(console)
     try:
-        with StopSignals(), own_folder(out), shown:
+        with StopSignals(), alone_in(out), shown:
             compare(plan(chosen, out, only or []), command=command, jobs=jobs, watch=shown)
     except RunStopped as stopped:
         raise RunStopped(stopped.signal, f"stopped by {stopped.signal.name}; go on with: {command}") from None
 
 
-class Shown(Observer):
+class Shown(CompareObserver):
     """Shows how far a comparison is: a bar over all steps, and a line per trial."""
 
     def __init__(self, console: Console) -> None:
@@ -83,7 +84,7 @@ class Shown(Observer):
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def begin(self, plans: list[Plan]) -> None:  # type: ignore[override]
+    def begin(self, plans: Sequence[Plan]) -> None:
         """Say how much there is to do."""
         for table, results, missing in plans:
             if results.dropped:
@@ -102,11 +103,11 @@ class Shown(Observer):
         """Say it."""
         self._say(line)
 
-    def steps(self, table: Table, taken: int) -> None:
+    def steps(self, table: MethodTable, taken: int) -> None:
         """Move the bar."""
         self._bar.update(self._task, completed=self._before + taken, description=table.name)
 
-    def trial(self, table: Table, row: Row) -> None:
+    def trial(self, table: MethodTable, row: Row) -> None:
         """Say what came out."""
         main = row.figures.get(table.contents.figure, float("nan"))
         cost = row.figures["ms_per_step"]
@@ -114,7 +115,7 @@ class Shown(Observer):
             f"{table.name}, {row.method}, seed {row.seed}: {table.contents.figure} {main:.4f}, {cost:.1f} ms a step"
         )
 
-    def written(self, table: Table, page: Path) -> None:
+    def written(self, table: MethodTable, page: Path) -> None:
         """Say where its page is."""
         self._before += self._left[table.name]
         self._say(f"{table.name}: {page}")

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protomem_kernels.experiments.images import Images
-from protomem_kernels.experiments.learning import Learner
-from protomem_kernels.training.augmentation import standardise
+from protomem_kernels.experiments.learning import Learner, embed
 
 LOOKS = (0.25, 0.5, 0.75)  # parts of the training after which is looked; at its end nothing moves any more
 IDENTITIES, IMAGES = 500, 8  # that are looked at, at most
@@ -45,12 +44,12 @@ class Ages:
         stored, there = learner.head.prototypes(met)
         met, stored = met[there], stored[there]
         some = torch.randperm(len(met), generator=torch.Generator().manual_seed(step))[:IDENTITIES]
-        learner.encoder.eval()
-        for label, prototype in zip(met[some].tolist(), stored[some], strict=True):
-            mine = (self.labels == label).nonzero().flatten()[:IMAGES]
-            made = F.normalize(learner.encoder(standardise(self.images.floats(mine)))).mean(0)
-            age = step - int(self._last[label])
-            self._found[_rounded(age)].append(float(F.cosine_similarity(prototype, made, dim=0)))
+        theirs = [(self.labels == label).nonzero().flatten()[:IMAGES] for label in met[some]]
+        rows = embed(learner.encoder, self.images.of(torch.cat(theirs))).split([len(images) for images in theirs])
+        made = torch.stack([images.mean(0) for images in rows])
+        cosines = F.cosine_similarity(stored[some], made).tolist()
+        for age, cosine in zip((step - self._last[met[some]]).tolist(), cosines, strict=True):
+            self._found[_rounded(age)].append(cosine)
 
     def figures(self) -> dict[str, float]:
         """Return the mean cosine by age; ages are rounded down to powers of two."""

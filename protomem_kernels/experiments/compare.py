@@ -14,7 +14,7 @@ from protomem_kernels.experiments.images import prepare
 from protomem_kernels.experiments.plots import draw_ages, draw_table
 from protomem_kernels.experiments.report import markdown
 from protomem_kernels.experiments.results import Results, Row
-from protomem_kernels.experiments.table import Method, Table
+from protomem_kernels.experiments.table import Method, MethodTable
 from protomem_kernels.experiments.work import run_all
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.files import sweep, written_whole
@@ -24,7 +24,7 @@ from protomem_kernels.training.locks import locked
 class Plan(NamedTuple):
     """What is still to be done for one table."""
 
-    table: Table
+    table: MethodTable
     results: Results
     missing: list[tuple[Method, int]]
 
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         return sum(method.trial.train.steps for method, _ in self.missing)
 
 
-class Observer:
+class CompareObserver:
     """What a comparison tells of itself. Nothing is done with it here; override what is of interest."""
 
     def begin(self, plans: Sequence[Plan]) -> None:
@@ -46,18 +46,18 @@ class Observer:
     def note(self, line: str) -> None:
         """Take note of something about the data that a person should know: a line."""
 
-    def steps(self, table: Table, taken: int) -> None:
+    def steps(self, table: MethodTable, taken: int) -> None:
         """Take note of how many training steps of a table were taken so far, in this call."""
 
-    def trial(self, table: Table, row: Row) -> None:
+    def trial(self, table: MethodTable, row: Row) -> None:
         """Take note of a trial that ended."""
 
-    def written(self, table: Table, page: Path) -> None:
+    def written(self, table: MethodTable, page: Path) -> None:
         """Take note of a table that is whole."""
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder of the results, and let no other comparison write into it within the block.
 
     Raises:
@@ -72,7 +72,7 @@ def own_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def plan(tables: Sequence[Table], folder: Path, only: Sequence[str] = ()) -> list[Plan]:
+def plan(tables: Sequence[MethodTable], folder: Path, only: Sequence[str] = ()) -> list[Plan]:
     """Return what is missing of each table in a folder; ``only`` names the methods that are wanted.
 
     Raises:
@@ -90,7 +90,7 @@ def plan(tables: Sequence[Table], folder: Path, only: Sequence[str] = ()) -> lis
     return plans
 
 
-def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: Observer | None = None) -> list[Path]:
+def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: CompareObserver | None = None) -> list[Path]:
     """Run what is missing of the tables, one after another, and write their pages; return these.
 
     Every trial that ends is written at once, so that nothing but what runs is lost when this is ended.
@@ -105,7 +105,7 @@ def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: Observ
         RunError: a trial cannot be run, or a file not be written.
         DatasetError: the images of a table cannot be had; the other tables are made before it is raised.
     """
-    watch = watch or Observer()
+    watch = watch or CompareObserver()
     watch.begin(plans)
     source, pages, refused = commit(), list[Path](), list[DatasetError]()
     for plan in plans:
@@ -126,14 +126,14 @@ def compare(plans: Sequence[Plan], *, command: str, jobs: int = 1, watch: Observ
     return pages
 
 
-def _prepare(plan: Plan, watch: Observer) -> None:
+def _prepare(plan: Plan, watch: CompareObserver) -> None:
     """Make the images of a table, all of whose methods see one data set, if anything is to be run on them."""
     for method, _ in plan.missing[:1]:
         for line in prepare(method.trial, partial(watch.preparing, method.trial.data)):
             watch.note(line)
 
 
-def _run(plan: Plan, jobs: int, source: str, watch: Observer) -> Iterator[Row]:
+def _run(plan: Plan, jobs: int, source: str, watch: CompareObserver) -> Iterator[Row]:
     """Run what no other table of the folder has, and yield its rows."""
     trials = run_all(
         [trial for trial in plan.missing if not plan.results.borrow(*trial)],
@@ -159,12 +159,17 @@ def write_page(results: Results, command: str) -> Path:
 
 
 def commit() -> str:
-    """Return the commit of the sources, marked where they were changed since; "" where they are no checkout."""
-    here = ["git", "-C", str(Path(__file__).parent)]
+    """Return the commit of the sources, marked where they were changed since; "" where they are no checkout.
+
+    An installed package may lie in somebody else's checkout, which does not track it.
+    """
+    here = Path(__file__)
     try:
-        found = subprocess.run(
-            [*here, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
-        )
-    except OSError:
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -22,7 +22,7 @@ from protomem_kernels.training.heads import build_loss
 from protomem_kernels.training.steps import BETAS, parameter_groups
 
 
-class Head:
+class TrialHead:
     """A loss with prototypes, and the optimisers of a trial.
 
     Attributes:
@@ -71,7 +71,7 @@ class Head:
         return sum(tensor.numel() * tensor.element_size() for tensor in [*held, *kept])
 
 
-class MemoryHead(Head):
+class MemoryHead(TrialHead):
     """A prototype memory of ``trial.slots`` slots."""
 
     loss: PrototypeMemoryLoss
@@ -100,7 +100,7 @@ class MemoryHead(Head):
         return DoppelgangerBatchSampler(labels, self.loss.memory, *each, seed=seed)
 
 
-class ClassWeights(Head):
+class ClassWeights(TrialHead):
     """A class weight for every identity. A step uses all, or ``trial.slots``: those of its batch and others."""
 
     loss: MarginSoftmaxLoss
@@ -145,8 +145,8 @@ class ClassWeights(Head):
         return self.loss.weight.detach()[labels], torch.ones_like(labels, dtype=torch.bool)
 
 
-def build_head(trial: Trial, encoder: nn.Module, identities: Tensor) -> Head:
+def build_head(trial: Trial, encoder: nn.Module, identities: Tensor) -> TrialHead:
     """Return the head of a trial on identities 0 to C - 1."""
     kinds: dict[str, Any] = {"memory": MemoryHead, "full": ClassWeights, "sampled": ClassWeights}
-    head: Head = kinds[trial.head](trial, encoder, identities)
+    head: TrialHead = kinds[trial.head](trial, encoder, identities)
     return head

@@ -11,11 +11,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from protomem_kernels.experiments.heads import build_head
+from protomem_kernels.experiments.images import Images
 from protomem_kernels.experiments.trial import Trial
 from protomem_kernels.training.augmentation import augment, standardise
 from protomem_kernels.training.encoders import build_encoder
@@ -24,10 +26,11 @@ from protomem_kernels.training.steps import LONGEST_GRADIENT, rate_factor, strea
 from protomem_kernels.training.unrecognizable import show_unrecognizable
 
 WARM_UP = 5  # steps that are not timed
+EMBED_BATCH = 512  # images
 MIB = 2**20
 
 
-class Batch(NamedTuple):
+class TrialBatch(NamedTuple):
     """The images of a step."""
 
     images: Tensor  # (B, C, H, W) float32 in [0, 1]
@@ -70,7 +73,7 @@ class Learner:
         self._spent: list[float] = []
         self._loss = math.nan
 
-    def learn(self, batch: Batch) -> None:
+    def learn(self, batch: TrialBatch) -> None:
         """Take one step.
 
         Raises:
@@ -110,6 +113,14 @@ class Learner:
             "ms_per_step": 1e3 * statistics.median(self._spent[WARM_UP:] or self._spent),
             "head_mib": self.head.held_bytes / MIB,
         }
+
+
+@torch.no_grad()
+def embed(encoder: nn.Module, images: Images) -> Tensor:
+    """Return (N, D) unit embeddings of images as they are, by an encoder that is put into ``eval()`` mode."""
+    encoder.eval()
+    parts = torch.arange(len(images.labels)).split(EMBED_BATCH)
+    return torch.cat([F.normalize(encoder(standardise(images.floats(part)))) for part in parts])
 
 
 def peak_memory() -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from protomem_kernels.experiments.ages import COSINE
 from protomem_kernels.experiments.report import COSTS, RATES, Figure, figure
 from protomem_kernels.experiments.results import Row
-from protomem_kernels.experiments.table import Table
+from protomem_kernels.experiments.table import MethodTable
 from protomem_kernels.training.files import written_whole
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ INK, GREY = "#222222", "#8a8a8a"
 COLOURS = ("#1f6fb4", "#b4381f", "#4a9a4a", "#c98a00", "#7a4fa0", "#222222", "#3aa6a6", "#a0527a", "#8a8a8a", "#a8c64a")
 
 
-def draw_table(path: Path, table: Table, rows: Sequence[Row]) -> None:
+def draw_table(path: Path, table: MethodTable, rows: Sequence[Row]) -> None:
     """Write a dot for every method, or lines where methods are numbers, each with its standard deviation."""
     found = {name: cell for name in table.methods if (cell := figure(rows, name, table.contents.figure))}
     numbered = any(table.methods[name].place.x is not None for name in found)
@@ -33,7 +33,7 @@ def draw_table(path: Path, table: Table, rows: Sequence[Row]) -> None:
     _save(picture, path)
 
 
-def draw_ages(path: Path, table: Table, rows: Sequence[Row]) -> None:
+def draw_ages(path: Path, table: MethodTable, rows: Sequence[Row]) -> None:
     """Write the cosine of stored and re-computed prototypes against the age, a line for every method."""
     picture, axes = _picture("Stored prototypes against re-computed ones", 4.4)
     names = {name for row in rows for name in row.figures if name.startswith(COSINE)}
@@ -72,7 +72,7 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
-def _scale(table: Table) -> tuple[float, str]:
+def _scale(table: MethodTable) -> tuple[float, str]:
     """Return what the plotted figure is multiplied with, and its label."""
     rate = table.contents.figure in RATES
     return (
@@ -82,7 +82,7 @@ def _scale(table: Table) -> tuple[float, str]:
     )
 
 
-def _dots(axes: Axes, table: Table, found: Mapping[str, Figure]) -> None:
+def _dots(axes: Axes, table: MethodTable, found: Mapping[str, Figure]) -> None:
     places = range(len(found))[::-1]
     scale, label = _scale(table)
     means = [scale * cell.mean for cell in found.values()]
@@ -92,7 +92,7 @@ def _dots(axes: Axes, table: Table, found: Mapping[str, Figure]) -> None:
     axes.set_xlabel(label)
 
 
-def _lines(axes: Axes, table: Table, found: Mapping[str, Figure]) -> None:
+def _lines(axes: Axes, table: MethodTable, found: Mapping[str, Figure]) -> None:
     """Draw those with a place on the axis as lines, and the others as levels."""
     lines: dict[str, list[tuple[float, Figure]]] = defaultdict(list)
     levels = {}

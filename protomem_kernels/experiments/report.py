@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from protomem_kernels.experiments.results import Row
-from protomem_kernels.experiments.table import Table
+from protomem_kernels.experiments.table import MethodTable
 from protomem_kernels.experiments.trial import Trial
 
 RATES = {  # in per cent
@@ -37,7 +37,7 @@ def figure(rows: Sequence[Row], method: str, name: str) -> Figure | None:
     return Figure(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
-def markdown(table: Table, rows: Sequence[Row], command: str, plots: Sequence[str]) -> str:
+def markdown(table: MethodTable, rows: Sequence[Row], command: str, plots: Sequence[str]) -> str:
     """Return the page of a table.
 
     Args:
@@ -104,11 +104,11 @@ def _measured_on(trial: Trial, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _differs(table: Table, key: str) -> bool:
+def _differs(table: MethodTable, key: str) -> bool:
     return len({repr(method.trial.settings().get(key)) for method in table.methods.values()}) > 1
 
 
-def _by_method(table: Table, key: str) -> str:
+def _by_method(table: MethodTable, key: str) -> str:
     return ", ".join(dict.fromkeys(_setting(method.trial.settings().get(key)) for method in table.methods.values()))
 
 

@@ -11,11 +11,12 @@ import csv
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from protomem_kernels.experiments.ages import COSINE
-from protomem_kernels.experiments.table import Method, Table
+from protomem_kernels.experiments.table import Method, MethodTable
 from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.files import written_whole
 
@@ -46,7 +47,7 @@ class Results:
         RunError: the file cannot be read or written, or is none of these.
     """
 
-    def __init__(self, path: Path, table: Table) -> None:
+    def __init__(self, path: Path, table: MethodTable) -> None:
         self.path, self.table = path, table
         found = read_rows(path) if path.exists() else []
         wanted = {(method.name, seed): method.trial.digest() for method, seed in table.trials}
@@ -60,14 +61,20 @@ class Results:
 
     def borrow(self, method: Method, seed: int) -> bool:
         """Take the row of such a trial from another table of the folder, and say whether there is one."""
-        digest = method.trial.digest()
-        for path in sorted(self.path.parent.glob("*.csv")):
-            for row in read_rows(path) if path != self.path else []:
-                aged = any(name.startswith(COSINE) for name in row.figures)
-                if (row.settings, row.seed) == (digest, seed) and aged >= self.table.contents.ages:
-                    self.add(row._replace(method=method.name))
-                    return True
-        return False
+        row = self._elsewhere.get((method.trial.digest(), seed))
+        if row is None:
+            return False
+        self.add(row._replace(method=method.name))
+        return True
+
+    @cached_property
+    def _elsewhere(self) -> dict[tuple[str, int], Row]:
+        """The rows of the folder's other files of results, by settings and seed; with ages, if the table has them."""
+        others = (path for path in sorted(self.path.parent.glob("*.csv")) if path != self.path and holds_results(path))
+        rows = (row for path in others for row in read_rows(path))
+        if self.table.contents.ages:
+            rows = (row for row in rows if any(name.startswith(COSINE) for name in row.figures))
+        return {(row.settings, row.seed): row for row in rows}
 
     def add(self, row: Row) -> None:
         """Write one more row, with all others, in the table's order.
@@ -81,6 +88,15 @@ class Results:
         place = {name: number for number, name in enumerate(self.table.methods)}
         self.rows = sorted([*self.rows, row], key=lambda row: (row.seed, place[row.method]))
         write_rows(self.path, self.rows)
+
+
+def holds_results(path: Path) -> bool:
+    """Say whether a file begins as one of results does; whatever else lies in the folder is nobody's business."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().rstrip("\n").split(",")[: len(KEYS)] == [*KEYS]
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def read_rows(path: Path) -> list[Row]:

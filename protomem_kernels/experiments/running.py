@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protomem_kernels.experiments.ages import Ages
 from protomem_kernels.experiments.images import Images, Sets, damaged, read_sets
-from protomem_kernels.experiments.learning import Batch, Learner, peak_memory
+from protomem_kernels.experiments.learning import Learner, TrialBatch, embed, peak_memory
 from protomem_kernels.experiments.trial import Trial
-from protomem_kernels.training.augmentation import standardise
 from protomem_kernels.training.loop import batches
 from protomem_kernels.training.steps import stream
 
 SIMULATED = "simulated"
 FAR = (1e-2, 1e-3, 1e-4)
-EMBED_BATCH = 512
 
 
 def run(
@@ -65,15 +62,15 @@ def run(
     return {**rates, **costs, **(watched.figures() if watched is not None else {})}
 
 
-def drawn(learner: Learner, images: Images, labels: Tensor) -> Iterator[Batch]:
+def drawn(learner: Learner, images: Images, labels: Tensor) -> Iterator[TrialBatch]:
     """Yield the batches of a trial."""
     sampler = learner.head.sampler(learner.trial, labels, learner.seed)
     for batch in batches(sampler, 0, learner.trial.train.steps):
         chosen = torch.tensor(batch)
-        yield Batch(images.floats(chosen), labels[chosen], images.quality[chosen])
+        yield TrialBatch(images.floats(chosen), labels[chosen], images.quality[chosen])
 
 
-def simulated(trial: Trial, seed: int) -> Iterator[Batch]:
+def simulated(trial: Trial, seed: int) -> Iterator[TrialBatch]:
     """Yield batches of noise with as many identities as one likes: what a step costs does not hang on what it sees."""
     config = trial.train
     for step in range(config.steps):
@@ -81,7 +78,7 @@ def simulated(trial: Trial, seed: int) -> Iterator[Batch]:
         some = torch.randint(trial.identities, (config.identities_per_batch,), generator=generator)
         labels = some.repeat_interleave(config.images_per_identity)
         images = torch.rand(len(labels), 1, *trial.image_size, generator=generator)
-        yield Batch(images, labels, torch.ones(len(labels)))
+        yield TrialBatch(images, labels, torch.ones(len(labels)))
 
 
 def measured(encoder: nn.Module, images: Images, trial: Trial) -> dict[str, float]:
@@ -106,11 +103,3 @@ def verified(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
         "rank1": float(result.rank1 or 0.0),
         "impostor_pairs": float(result.impostor_pairs),
     }
-
-
-@torch.no_grad()
-def embed(encoder: nn.Module, images: Images) -> Tensor:
-    """Return (N, D) unit embeddings of images as they are."""
-    encoder.eval()
-    parts = torch.arange(len(images.labels)).split(EMBED_BATCH)
-    return torch.cat([F.normalize(encoder(standardise(images.floats(part)))) for part in parts])

@@ -85,7 +85,7 @@ class Method(NamedTuple):
     place: Place
 
 
-class Table(NamedTuple):
+class MethodTable(NamedTuple):
     """A table of methods over seeds.
 
     Attributes:
@@ -116,7 +116,7 @@ def shipped(folder: str = "tables") -> list[str]:
     return sorted(Path(entry.name).stem for entry in (resources.files(__package__) / folder).iterdir())
 
 
-def read_table(name: str, *, quick: bool = False) -> Table:
+def read_table(name: str, *, quick: bool = False) -> MethodTable:
     """Return a table that comes with the package by its name, or one's own by the path of its file.
 
     Args:
@@ -139,7 +139,7 @@ def _path(name: str, folder: str) -> Path:
     return Path(str(resources.files(__package__) / folder / f"{name}.toml"))
 
 
-def table_from(values: Mapping[str, Any], name: str, *, quick: bool = False) -> Table:
+def table_from(values: Mapping[str, Any], name: str, *, quick: bool = False) -> MethodTable:
     """Return the table of the contents of a file.
 
     Raises:
@@ -158,7 +158,7 @@ def table_from(values: Mapping[str, Any], name: str, *, quick: bool = False) -> 
         head = (base.shared | contents.shared | differs).get("head", DEFAULT_HEAD)
         shared = base.shared | base.heads.get(head, {}) | contents.shared | contents.heads.get(head, {})
         methods[key] = Method(key, trial_from(shared | differs | small, where), place)
-    return Table(name, contents, contents.seeds[:1] if quick else contents.seeds, methods)
+    return MethodTable(name, contents, contents.seeds[:1] if quick else contents.seeds, methods)
 
 
 def _checked(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:

@@ -11,7 +11,8 @@ import pytest
 import tomli_w
 
 from protomem_kernels.data.images import DatasetError
-from protomem_kernels.experiments.compare import Observer, compare, own_folder, plan
+from protomem_kernels.experiments import compare as comparing
+from protomem_kernels.experiments.compare import CompareObserver, alone_in, compare, plan
 from protomem_kernels.experiments.report import figure, markdown
 from protomem_kernels.experiments.results import Results, Row, read_rows, write_rows
 from protomem_kernels.experiments.table import read_table, table_from
@@ -82,6 +83,8 @@ def test_a_file_that_holds_no_results_is_told_and_left_alone(tmp_path, text):
 
 def test_a_trial_of_another_table_is_borrowed(tmp_path):
     write_rows(tmp_path / "other.csv", [row("memory", 0)._replace(method="half")])
+    (tmp_path / "foreign.csv").write_text("name,age\nann,7\n")
+    (tmp_path / "picture.csv").write_bytes(bytes(range(256)))
     results = Results(tmp_path / "heads.csv", table())
     memory, full = results.table.methods.values()
     assert results.borrow(memory, 0)
@@ -136,7 +139,7 @@ def test_a_table_whose_images_are_not_there_keeps_no_other_from_being_made(tmp_p
     first = table_from(TABLE | {"shared": SMALL | fonts}, "first", quick=True)
     second = table_from(TABLE | {"methods": {"memory": {}}}, "second", quick=True)
     notes = []
-    watch = Observer()
+    watch = CompareObserver()
     watch.note = notes.append
     with pytest.raises(DatasetError, match="nowhere: expected font files"):
         compare(plan([first, second], tmp_path), command="again", watch=watch)
@@ -145,12 +148,35 @@ def test_a_table_whose_images_are_not_there_keeps_no_other_from_being_made(tmp_p
     assert notes[0].startswith("first is left out: ")
 
 
+def test_the_commit_is_that_of_the_sources_and_of_nothing_around_them(tmp_path, monkeypatch):
+    def git(*words):
+        options = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *options, "-C", tmp_path, *words], capture_output=True, text=True, check=True)
+
+    git("init")
+    (tmp_path / "theirs.py").touch()
+    git("add", "theirs.py")
+    git("commit", "-m", "theirs")
+    installed = tmp_path / "site-packages" / "compare.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(comparing, "__file__", str(installed))
+    assert comparing.commit() == ""
+    git("add", ".")
+    git("commit", "-m", "ours")
+    assert comparing.commit() == git("rev-parse", "--short", "HEAD").stdout.strip()
+    installed.write_text("changed")
+    assert comparing.commit().endswith("-dirty")
+    monkeypatch.setattr(comparing, "__file__", str(tmp_path.parent / "nowhere" / "compare.py"))
+    assert comparing.commit() == ""
+
+
 def test_one_comparison_at_a_time_writes_into_a_folder(tmp_path):
     told = f"{tmp_path / 'new'} is in use by .*; wait until it is done or stop it, or name another folder with --out"
-    with own_folder(tmp_path / "new"), pytest.raises(RunError, match=told), own_folder(tmp_path / "new"):
+    with alone_in(tmp_path / "new"), pytest.raises(RunError, match=told), alone_in(tmp_path / "new"):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot write to"), own_folder(tmp_path / "file"):
+    with pytest.raises(RunError, match="cannot write to"), alone_in(tmp_path / "file"):
         pass
 
 
