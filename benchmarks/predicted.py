@@ -22,17 +22,12 @@ from benchmarks.static.gpus import GPUS, Gpu
 from protomem_kernels.training.files import written_whole
 
 # Share of the data sheet's peak in bfloat16 that the products of a kernel reach.
-CUBLAS = {
-    80: 0.80,
-    90: 0.70,
-    100: 0.70,
-}  # 250 of 312 and 690 of 989 TFLOP/s, large matrices: NVIDIA's and others' tests
-TRITON = {
-    80: 0.70,
-    90: 0.50,
-    100: 0.40,
-}  # Triton's own matmul tutorial: 220 of 312; without warp specialisation, 500 of 989
-WARP_SPECIALISED = {90: 0.75}  # FlashAttention-3 (arXiv 2407.08608), head size 256: 740 of 989
+# cuBLAS: 250 of 312 and 690 of 989 TFLOP/s, large matrices: NVIDIA's and others' tests.
+CUBLAS = {80: 0.80, 90: 0.70, 100: 0.70}
+# Triton's own matmul tutorial: 220 of 312; without warp specialisation, 500 of 989.
+TRITON = {80: 0.70, 90: 0.50, 100: 0.40}
+# FlashAttention-3 (arXiv 2407.08608), head size 256: 740 of 989.
+WARP_SPECIALISED = {90: 0.75}
 # Our stream kernels at D = 512, estimated from their tiles: a product of N = 32 waits for shared memory (Triton, 25 to
 # 33 %), mma.sync reaches less than two thirds of wgmma's rate (C++, 27 to 30 %). The middle of each range.
 STREAM = {"triton": {80: 0.40, 90: 0.29, 100: 0.25}, "cuda": {80: 0.42, 90: 0.285, 100: 0.16}}
@@ -41,9 +36,8 @@ L2 = {80: 4.0e12, 90: 5.5e12, 100: 9.0e12}
 L2_BYTES = {80: 40e6, 90: 50e6, 100: 126e6}  # data sheets
 LAUNCH = 2e-6  # seconds from one kernel to the next in a CUDA graph
 EAGER = 70e-6  # seconds of Python for the slices, product, kernel and product of a chunk: an estimate
-CCE_GRADIENT = (
-    145 - 46
-) / 46  # products that cut-cross-entropy's gradient takes as long as, filtered: its own A100 times
+# Products that cut-cross-entropy's gradient takes as long as, filtered: its own A100 times.
+CCE_GRADIENT = (145 - 46) / 46
 H200 = Gpu("H200", bytes=4.8e12, half=989.5e12, tf32=494.5e12, float32=67e12, half_per_clock=4096)
 GH200 = Gpu("GH200", bytes=4.0e12, half=989.5e12, tf32=494.5e12, float32=67e12, half_per_clock=4096)
 

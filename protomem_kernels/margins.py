@@ -22,6 +22,7 @@ from torch.nn import functional
 from protomem_kernels._checks import check_choice, check_number, check_tensor
 from protomem_kernels.distributed.ranks import SeesAllRanks
 from protomem_kernels.recomputation import Replay
+from protomem_kernels.rows import sine_floor
 from protomem_kernels.state import StatefulModule, check_statistic
 
 CosineMap: TypeAlias = Callable[[Tensor], Tensor]
@@ -144,7 +145,7 @@ def safe_sine(cosine: Tensor) -> Tensor:
     A prototype made of one image *is* its embedding, so c = 1 to the last bit is routine.
     """
     squared = 1 - cosine * cosine
-    floor = 8 * torch.finfo(cosine.dtype).eps
+    floor = sine_floor(cosine.dtype)
     differentiable = squared.clamp(min=floor).sqrt()
     return differentiable + (squared.clamp(min=0).sqrt() - differentiable).detach()
 
@@ -152,7 +153,7 @@ def safe_sine(cosine: Tensor) -> Tensor:
 def safe_angle(cosine: Tensor) -> Tensor:
     """Return theta = arccos(c), with the derivative -1 / sin(theta) bounded likewise."""
     value = cosine.detach().clamp(-1, 1)
-    sine = (1 - value * value).clamp(min=8 * torch.finfo(cosine.dtype).eps).sqrt()
+    sine = (1 - value * value).clamp(min=sine_floor(cosine.dtype)).sqrt()
     return value.acos() - (cosine - cosine.detach()) / sine
 
 

@@ -17,6 +17,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sine_floor(dtype: torch.dtype) -> float:
+    """Return below what 1 - c^2 of a cosine c in ``dtype`` is mere rounding: a divisor is no smaller than this."""
+    return 8 * torch.finfo(dtype).eps
+
+
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a gradient in ``dtype``; a finite number beyond float16's range becomes the largest of that range.
 

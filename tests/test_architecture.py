@@ -43,7 +43,7 @@ BELOW: dict[str, set[str]] = {
     "memory": {"ops", "identities", "state"},
     "objective": {"margins", "mining", "ops"},
     "mining": {"margins", "distributed"},
-    "margins": {"distributed", "state"},
+    "margins": {"distributed", "state", "rows"},
     "quality": {"ops", "distributed", "state"},
     "optimizers": set(),
     "state": {"recomputation"},

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-FLOOR = 8  # roundings below which 1 - c^2 is taken for one
+from protomem_kernels.rows import sine_floor
 
 
 def target_map(cosine: Tensor, kind: str, margin: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def target_map(cosine: Tensor, kind: str, margin: float) -> tuple[Tensor, Tensor
     value = cosine * math.cos(margin) - squared.clamp(min=0).sqrt() * math.sin(margin)
     if kind == "unguarded angle":
         return value, torch.ones_like(cosine)
-    floor = FLOOR * torch.finfo(cosine.dtype).eps
+    floor = sine_floor(cosine.dtype)
     bent = torch.where(squared >= floor, cosine / squared.clamp(min=floor).sqrt(), 0)
     guarded = cosine >= -math.cos(margin)
     value = torch.where(guarded, value, cosine - margin * math.sin(margin))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from protomem_kernels.backends.triton.launch import architecture, choose
 from protomem_kernels.backends.triton.tiles import load_slots, load_vector, scalar
+from protomem_kernels.rows import sine_floor
 
 KINDS = {"cosine": 0, "angle": 1, "unguarded angle": 2}
-FLOOR = 8  # roundings below which 1 - c^2 is taken for one
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def reduce_losses(
         margin,
         math.cos(margin),
         math.sin(margin),
-        FLOOR * torch.finfo(cosine.dtype).eps,
+        sine_floor(cosine.dtype),
         scale,
         cosine.stride(0),
         n.stride(0),
