@@ -161,12 +161,16 @@ def write_page(results: Results, command: str) -> Path:
 def commit() -> str:
     """Return the commit of the sources, marked where they were changed since; "" where they are no checkout.
 
-    An installed package may lie in somebody else's checkout, which does not track it.
+    Pages and rows of a table, which lie in a checkout too, are no sources. An installed package may lie in somebody
+    else's checkout, which does not track it.
     """
     here = Path(__file__)
+    package, compiled = here.parents[1], here.parents[2] / "csrc"
+    sources = [str(package), *([str(compiled)] if compiled.is_dir() else [])]
     try:
         _git(here.parent, "ls-files", "--error-unmatch", here.name)
-        return _git(here.parent, "describe", "--always", "--dirty", "--exclude=*")
+        changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", *sources)
+        return _git(here.parent, "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -157,13 +157,14 @@ def test_the_commit_is_that_of_the_sources_and_of_nothing_around_them(tmp_path, 
     (tmp_path / "theirs.py").touch()
     git("add", "theirs.py")
     git("commit", "-m", "theirs")
-    installed = tmp_path / "site-packages" / "compare.py"
-    installed.parent.mkdir()
+    installed = tmp_path / "package" / "experiments" / "compare.py"
+    installed.parent.mkdir(parents=True)
     installed.touch()
     monkeypatch.setattr(comparing, "__file__", str(installed))
     assert comparing.commit() == ""
     git("add", ".")
     git("commit", "-m", "ours")
+    (tmp_path / "theirs.py").write_text("a page that was made again")
     assert comparing.commit() == git("rev-parse", "--short", "HEAD").stdout.strip()
     installed.write_text("changed")
     assert comparing.commit().endswith("-dirty")
