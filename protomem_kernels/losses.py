@@ -128,7 +128,7 @@ class PrototypeMemoryLoss(Head):
         scale: float = 64.0,
         mining: MiningRule | None = None,
         quality: QualityEstimator | None = None,
-        refresh_ratio: float = 0.2,
+        refresh_ratio: float = 0.5,
         policy: str = "fifo",
         prototype_gradient: str = "none",
         reduction: str = "mean",

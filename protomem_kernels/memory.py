@@ -92,7 +92,7 @@ class PrototypeMemory(StatefulModule, OwnedByRank, KeptInShards):
         capacity: int,
         embedding_dim: int,
         *,
-        refresh_ratio: float = 0.2,
+        refresh_ratio: float = 0.5,
         policy: str = "fifo",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,

@@ -101,7 +101,7 @@ def aggregate(embeddings: Tensor, labels: Tensor, weights: Tensor | None = None)
 class DictMemory:
     """The circular memory as a list of slots; rows are float64 and keep their graph until ``detach``."""
 
-    def __init__(self, capacity: int, dim: int, *, ratio: float = 0.2, policy: str = "fifo") -> None:
+    def __init__(self, capacity: int, dim: int, *, ratio: float = 0.5, policy: str = "fifo") -> None:
         self.capacity, self.dim, self.ratio, self.policy = capacity, dim, ratio, policy
         self.identity: list[int] = [-1] * capacity
         self.row: list[Tensor] = [torch.zeros(dim, dtype=torch.float64) for _ in range(capacity)]

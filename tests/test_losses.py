@@ -69,7 +69,7 @@ def arc(c, norm):
 class Model:
     """A step as the contract tells it: aggregate, write, loss against the whole memory, gradients by autograd."""
 
-    def __init__(self, mode, *, capacity=10, ratio=0.2, policy="fifo", scale=8.0, formula=arc, negatives=None):
+    def __init__(self, mode, *, capacity=10, ratio=0.5, policy="fifo", scale=8.0, formula=arc, negatives=None):
         self.mode, self.scale, self.formula, self.negatives = mode, scale, formula, negatives
         self.memory = oracles.DictMemory(capacity, DIM, ratio=ratio, policy=policy)
 
@@ -861,7 +861,7 @@ def test_head_defaults_and_repr():
     loss_fn = PrototypeMemoryLoss(4, 8)
     assert (loss_fn.margin, loss_fn.scale, loss_fn.mining, loss_fn.quality) == (ArcFace(0.5), 64.0, None, None)
     assert (loss_fn.prototype_gradient, loss_fn.reduction) == ("none", "mean")
-    assert (loss_fn.memory.refresh_ratio, loss_fn.memory.policy) == (0.2, "fifo")
+    assert (loss_fn.memory.refresh_ratio, loss_fn.memory.policy) == (0.5, "fifo")
     assert list(loss_fn.parameters()) == []
     assert "margin=ArcFace(m=0.5" in repr(loss_fn)
     assert "0/8 identities" in repr(loss_fn)

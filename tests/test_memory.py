@@ -198,7 +198,7 @@ def test_length_truth_and_repr():
 
 def test_defaults_are_those_of_the_contract():
     memory = PrototypeMemory(2, 3)
-    assert (memory.refresh_ratio, memory.policy, memory.prototypes.dtype) == (0.2, "fifo", torch.float32)
+    assert (memory.refresh_ratio, memory.policy, memory.prototypes.dtype) == (0.5, "fifo", torch.float32)
     assert set(memory.state_dict()) == {"prototypes", "identities", "stamps", "cursor", "clock"}
     assert list(memory.parameters()) == []
 

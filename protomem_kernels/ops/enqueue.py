@@ -19,7 +19,7 @@ POLICIES = ("fifo", "lru")
 
 
 def enqueue_(
-    state: MemoryState, prototypes: Tensor, identities: Tensor, *, refresh_ratio: float = 0.2, policy: str = "fifo"
+    state: MemoryState, prototypes: Tensor, identities: Tensor, *, refresh_ratio: float = 0.5, policy: str = "fifo"
 ) -> EnqueueResult:
     """Scatter the batch's prototypes into the circular memory, in place.
 

@@ -158,7 +158,7 @@ class TrainConfig(BaseModel):
         0, "Slots of the prototype memory; 0: one per training identity, 100,000 at most.", MEMORY, low=0
     )
     refresh_ratio: float = option(
-        0.2, "Weight of the new prototype when a slot is refreshed.", MEMORY, low=0.0, high=1.0
+        0.5, "Weight of the new prototype when a slot is refreshed.", MEMORY, low=0.0, high=1.0
     )
     policy: Literal["fifo", "lru"] = option("fifo", "Who leaves a full memory.", MEMORY)
     prototype_gradient: Literal["none", "fresh", "memory"] = option(
