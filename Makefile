@@ -18,7 +18,7 @@ CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp'
 CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
 CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test check fuzz test-distributed triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize lock clean
+.PHONY: train test check fuzz test-distributed triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize release install-check lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -143,6 +143,21 @@ $(READY): requirements-dev.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.lock
 	PROTOMEM_BUILD_CUDA=keep $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY) $(BUILT)
+
+# What is published, into dist/, and every check of it in one table: docs/release.md. The tools that check have an
+# environment of their own.
+RELEASE := build/release-venv
+release: $(BUILT) $(RELEASE)/.ready
+	$(BIN)/python -m release
+$(RELEASE)/.ready: requirements-release.lock
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-release.lock
+	touch $(RELEASE)/.ready
+
+# The wheels of dist/ in empty environments, of other Pythons and with other torches too, which pip has to find:
+#   make install-check ARGS="python3.10=2.10.0 python3.13=2.14.1"
+install-check:
+	$(PYTHON) -m release.environments $(ARGS)
 
 # Newest versions that support every Python from 3.10 on. torch alone is pinned by hand; what a CUDA build of torch
 # brings along (nvidia-*, triton) is its own business, the packages of the CUDA compiler excepted. A CPU build brings no

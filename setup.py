@@ -1,6 +1,7 @@
 """Builds the two compiled parts with CMake; everything else about the package is in pyproject.toml.
 
-The CPU part is ``_C``, the CUDA part ``_C_cuda``. PROTOMEM_BUILD_CPU and PROTOMEM_BUILD_CUDA are each one of
+The CPU part is ``_C``, the CUDA part ``_C_cuda``: plain libraries that know nothing of Python, so that one wheel serves
+every version of it. PROTOMEM_BUILD_CPU and PROTOMEM_BUILD_CUDA are each one of
 
     auto   build it if that is possible here, and else install without it and say why (the default)
     1      build it, and a failure is an error (the default of ``setup.py build_ext`` for the CPU part)
@@ -140,7 +141,7 @@ def run_cmake(sources: Path, folder: Path, options: dict[str, object]) -> None:
 
 
 class CpuPart(Extension):
-    """``_C``: a Python module."""
+    """``_C``: a plain library, loaded into torch."""
 
     label = "CPU"
     extras: tuple[str, ...] = ()
@@ -152,15 +153,8 @@ class CpuPart(Extension):
     def compile(self, version: str) -> Path:
         torch, torch_version = find_torch()
         kind = "cpu-sanitize" if SANITIZE else "cpu"
-        folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
-        require_compiler()
-        try:
-            import pybind11
-        except ImportError:
-            raise CannotBuildError("there was no pybind11 in the build environment") from None
+        folder = ROOT / "build" / f"{kind}-{sysconfig.get_platform()}"
         options = {
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": torch,
             "PROTOMEM_TORCH_VERSION": torch_version,
             "PROTOMEM_VERSION": version,
@@ -171,7 +165,7 @@ class CpuPart(Extension):
 
 
 class CudaPart(Extension):
-    """``_C_cuda``: a plain library, loaded into a torch that has CUDA; beside it how it was built."""
+    """``_C_cuda``: another one, loaded into a torch that has CUDA; beside it how it was built."""
 
     label = "CUDA"
     extras = ("_C_cuda.json",)
@@ -216,9 +210,7 @@ class BuildParts(build_ext):
         self.distribution.ext_modules = built  # without any, the wheel is a pure one
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("_C_cuda"):  # it knows nothing of Python
-            return os.path.join(*fullname.split(".")) + ".so"
-        return super().get_ext_filename(fullname)
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_part(self, part: CpuPart | CudaPart) -> bool:
         """Put the object, or the note, to where it belongs; neither that of an earlier build may stay."""
@@ -229,7 +221,7 @@ class BuildParts(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if part.mode == "0":
-                raise CannotBuildError(f"PROTOMEM_BUILD_{part.label}=0 was set")
+                raise CannotBuildError(f"PROTOMEM_BUILD_{part.label}=0 was set for the build")
             folder = part.compile(self.distribution.get_version())
         except CannotBuildError as problem:
             if part.mode == "1":
@@ -247,13 +239,17 @@ class BuildParts(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel for this Python and platform if it holds an object, and for any if it holds none."""
+    """Tags the wheel for this platform if it holds an object, for any if it holds none, and for every Python 3."""
 
     def run(self) -> None:
         self.run_command("build")
         self.skip_build = True
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
 
 
 if __name__ == "__main__":  # as every installer runs it; the tests import it

@@ -156,7 +156,7 @@ def pytest_configure() -> None:
         return
     from protomem_kernels.backends import cpu
 
-    folder, sanitized = Path(os.environ["PROTOMEM_SANITIZED"]), cpu.MODULE
+    folder, sanitized = Path(os.environ["PROTOMEM_SANITIZED"]), cpu.OBJECT
     assert sanitized is not None, cpu.BACKEND.unavailable()
     assert folder in Path(sanitized.__file__).parents, f"{sanitized.__file__} is not in {folder}"
     assert "-fsanitize=address,undefined" in sanitized.flags, sanitized.flags
@@ -167,4 +167,4 @@ def pytest_report_header() -> str | None:
         return None
     from protomem_kernels.backends import cpu
 
-    return f"sanitized object: {cpu.MODULE.__file__}, runs {', '.join(cpu.MODULE.capabilities())}"
+    return f"sanitized object: {cpu.OBJECT.path}, runs {', '.join(cpu.OBJECT.capabilities())}"

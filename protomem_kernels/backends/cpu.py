@@ -1,47 +1,88 @@
 """The compiled C++ kernels for CPUs. Where they are not there, the reference serves the CPU, only slower.
 
-The object is the Python module ``_C``. PROTOMEM_CPU_CAPABILITY=default|avx2|avx512, read at import, has it use these
-instructions instead of the best ones that the machine has; one that it has not is an error.
+The object is the plain library ``_C.so``, the same for every Python. PROTOMEM_CPU_CAPABILITY=default|avx2|avx512, read
+at import, has it use these instructions instead of the best ones that the machine has; one that it has not is an error.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
-from types import ModuleType
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from protomem_kernels import _torch
 from protomem_kernels._switches import value_of
 from protomem_kernels._warnings import warn_caller
 from protomem_kernels.backends.native import FOLDER, SWITCHED_OFF, NativeBackend, why_not_built
 
+LIBRARY = FOLDER / "_C.so"
 BUILD_IT = (
     "to build it, install again where there are torch and a C++ compiler: "
     "pip install --force-reinstall --no-deps --no-cache-dir protomem-kernels (or the path of its checkout)"
 )
-MODULE: ModuleType | None = None  # the object, if it was loaded
+
+
+class Object:
+    """The library in this process: how it was built, and which instruction set is in use.
+
+    Args:
+        path: of the library, which is loaded into torch.
+
+    Attributes:
+        version: of this package, when it was built.
+        compiler: that built it.
+        flags: what the compiler was told.
+        torch_version: whose headers it saw.
+        oldest_torch: "2.10": the oldest one that it loads into.
+    """
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(path)
+        self.path = path
+        self.version, self.compiler, self.flags, self.torch_version, self.oldest_torch = _ask(
+            "build() -> (str, str, str, str, str)"
+        )
+
+    def capabilities(self) -> list[str]:
+        """Return the instruction sets that this machine can run, slowest first."""
+        return str(_ask("capabilities() -> str")).split()
+
+    def capability(self) -> str:
+        """Return the instruction set in use."""
+        return str(_ask("capability() -> str"))
+
+    def set_capability(self, name: str) -> None:
+        """Use another one of ``capabilities()``, in every thread."""
+        if name not in self.capabilities():
+            raise ValueError(f"capability must be one of {', '.join(self.capabilities())}, got {name}")
+        _ask("set_capability(str name) -> ()", name)
+
+
+OBJECT: Object | None = None  # if it was loaded
+
+
+def _ask(schema: str, *arguments: str) -> Any:
+    """Call one of the library's functions that are no operators; like them it has its schema from here."""
+    functions, name = torch.ops.protomem_cpu, schema.partition("(")[0]
+    if not hasattr(functions, name):
+        _torch.library_of_process("protomem_cpu").library.define(schema)
+    return getattr(functions, name)(*arguments)
 
 
 def _load() -> str | None:
-    """Import the object; return why that cannot be, or None."""
-    global MODULE
-    if not any((FOLDER / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        others = sorted(path.name for path in FOLDER.glob("_C.*") if path.suffix in (".so", ".pyd"))
-        reason = (
-            f"it was built for another Python: {others[0]} is there, this one loads _C{EXTENSION_SUFFIXES[0]}"
-            if others
-            else why_not_built("_C")
-        )
-        return f"{reason}; {BUILD_IT}"
+    """Load the library; return why that cannot be, or None."""
+    global OBJECT
+    if not LIBRARY.exists():
+        return f"{why_not_built('_C')}; {BUILD_IT}"
     try:
-        MODULE = importlib.import_module("protomem_kernels._C")
+        OBJECT = Object(LIBRARY)
     except Exception as problem:  # whatever it is, the reference works
         return f"it does not load: {problem}; {BUILD_IT}"
-    offered = MODULE.capabilities()
-    if wanted := value_of("PROTOMEM_CPU_CAPABILITY", offered, " (what this machine and build offer)"):
-        MODULE.set_capability(wanted)
+    if wanted := value_of("PROTOMEM_CPU_CAPABILITY", OBJECT.capabilities(), " (what this machine and build offer)"):
+        OBJECT.set_capability(wanted)
     return None
 
 
@@ -65,11 +106,11 @@ class CpuBackend(NativeBackend):
 
     def built(self) -> str | None:
         """Return the instruction sets, the compiler and the torch of the object, if it was loaded."""
-        if MODULE is None:
+        if OBJECT is None:
             return None
         return (
-            f"{MODULE.capability()} (of {', '.join(MODULE.capabilities())}), by {MODULE.compiler} {MODULE.flags}, "
-            f"against torch {MODULE.torch_version}, for {'.'.join(map(str, MODULE.target_abi))} and later"
+            f"{OBJECT.capability()} (of {', '.join(OBJECT.capabilities())}), by {OBJECT.compiler} {OBJECT.flags}, "
+            f"against torch {OBJECT.torch_version}, for {OBJECT.oldest_torch} and later"
         )
 
     def passed_over(self, tensors: Sequence[Tensor]) -> None:

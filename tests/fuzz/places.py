@@ -27,7 +27,7 @@ class Watching(TorchDispatchMode):
 
 
 def instruction_sets() -> list[str]:
-    return [] if cpu.MODULE is None else list(cpu.MODULE.capabilities())
+    return [] if cpu.OBJECT is None else list(cpu.OBJECT.capabilities())
 
 
 @contextlib.contextmanager
@@ -38,10 +38,10 @@ def somewhere(draw: Draw) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(pmk.use_backend(name))
         shown = name
-        if name == "cpu" and cpu.MODULE is not None:
-            chosen, before = chance.choice(instruction_sets()), cpu.MODULE.capability()
-            cpu.MODULE.set_capability(chosen)
-            stack.callback(cpu.MODULE.set_capability, before)
+        if name == "cpu" and cpu.OBJECT is not None:
+            chosen, before = chance.choice(instruction_sets()), cpu.OBJECT.capability()
+            cpu.OBJECT.set_capability(chosen)
+            stack.callback(cpu.OBJECT.set_capability, before)
             shown = f"cpu with {chosen}"
         threads = torch.get_num_threads()
         torch.set_num_threads(chance.choice((1, 1, 1, 2, 3)))

@@ -20,21 +20,21 @@ from protomem_kernels.backends import cpu
 from protomem_kernels.backends.choice import use_backend
 
 pytestmark = pytest.mark.skipif(cpu.BACKEND.unavailable() is not None, reason=str(cpu.BACKEND.unavailable()))
-CAPABILITIES = [] if cpu.MODULE is None else cpu.MODULE.capabilities()
+CAPABILITIES = [] if cpu.OBJECT is None else cpu.OBJECT.capabilities()
 each_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @contextlib.contextmanager
 def using(capability: str) -> Iterator[None]:
-    assert cpu.MODULE is not None
-    before = cpu.MODULE.capability()
-    cpu.MODULE.set_capability(capability)
+    assert cpu.OBJECT is not None
+    before = cpu.OBJECT.capability()
+    cpu.OBJECT.set_capability(capability)
     try:
         with use_backend("cpu"):
             yield
     finally:
-        cpu.MODULE.set_capability(before)
+        cpu.OBJECT.set_capability(before)
 
 
 @contextlib.contextmanager
