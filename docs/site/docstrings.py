@@ -4,6 +4,7 @@
   what has no place on the site stays code.
 - ``docs/page.md`` becomes a link to that page.
 - "Example:" is the section that Google's style calls "Examples:"; prompts outside one become a block of code.
+- "Shapes:", which that style does not know, is a paragraph. Papers on arXiv are linked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 from griffe import Alias, Extension, Object
@@ -20,6 +22,8 @@ PACKAGE = Path(__file__).parents[2] / "protomem_kernels"
 ROLE = re.compile(r":(?:func|class|meth|mod|data):`(?P<tilde>~?)(?P<name>[\w.]+)`")
 NAMED = re.compile(r"``(?P<name>[A-Za-z_]\w*)``")
 PAGE = re.compile(r"(?<![\w/])docs/(?P<page>[\w/]+)\.md")
+ARXIV = re.compile(r"(?<=arXiv )(\d{4}\.\d{5})(?: and (\d{4}\.\d{5}))?")
+SHAPES = re.compile(r"^Shapes:\n((?:[ ]+\S.*\n?)+)", re.MULTILINE)
 PROMPTS = re.compile(r"(?:^[ ]*>>> .*\n(?:^[ ]*\S.*\n?)*)", re.MULTILINE)
 
 
@@ -54,6 +58,8 @@ def rewritten(text: str, module: str, holder: str) -> str:
     text = ROLE.sub(role, text)
     text = NAMED.sub(named, text)
     text = PAGE.sub(r"[docs/\g<page>.md](../\g<page>.md)", text)
+    text = ARXIV.sub(lambda found: " and ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in found.groups() if n), text)
+    text = SHAPES.sub(lambda found: f"**Shapes:** {dedent(found[1])}", text)
     if re.search(r"^Examples?:$", text, re.MULTILINE):
         return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     return PROMPTS.sub(lambda block: f"```pycon\n{block[0].rstrip()}\n```\n", text)
