@@ -125,4 +125,5 @@ def test_roles_and_public_names_of_docstrings_become_links() -> None:
     assert "``x``" in shown
     assert "Examples:\n" in shown
     assert rewritten(":meth:`g`", "a.b", "a.b.C") == '<autoref optional identifier="a.b.C.g"><code>g</code></autoref>'
+    assert 'identifier="a.b.ArcFace"' in rewritten("``ArcFace``", "a.b", "a.b", {"ArcFace"})
     assert rewritten("So:\n\n>>> 1\n1\n", "a", "a") == "So:\n\n```pycon\n>>> 1\n1\n```\n"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Container
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -41,8 +42,15 @@ def link(identifier: str, shown: str) -> str:
     return f'<autoref optional identifier="{identifier}"><code>{shown}</code></autoref>'
 
 
-def rewritten(text: str, module: str, holder: str) -> str:
-    """Return a docstring that stands in ``holder``, a class or module of ``module``, in mkdocstrings' terms."""
+def rewritten(text: str, module: str, holder: str, own: Container[str] = ()) -> str:
+    """Return a docstring in mkdocstrings' terms.
+
+    Args:
+        text: the docstring.
+        module: in which it stands.
+        holder: the class in it, or the module itself.
+        own: the names that the module defines; they go before public ones.
+    """
 
     def role(found: re.Match[str]) -> str:
         name = found["name"]
@@ -53,11 +61,14 @@ def rewritten(text: str, module: str, holder: str) -> str:
 
     def named(found: re.Match[str]) -> str:
         name = found["name"]
+        if name in own:
+            return link(f"{module}.{name}", name)
         return link(f"protomem_kernels.{name}", name) if name in public_names() else found[0]
 
     text = ROLE.sub(role, text)
     text = NAMED.sub(named, text)
     text = PAGE.sub(r"[docs/\g<page>.md](../\g<page>.md)", text)
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     text = ARXIV.sub(lambda found: " and ".join(f"[{n}](https://arxiv.org/abs/{n})" for n in found.groups() if n), text)
     text = SHAPES.sub(lambda found: f"**Shapes:** {dedent(found[1])}", text)
     if re.search(r"^Examples?:$", text, re.MULTILINE):
@@ -73,4 +84,6 @@ class Docstrings(Extension):
         if obj.docstring is None:
             return
         holder = obj if obj.is_class or obj.is_module or obj.parent is None else obj.parent
-        obj.docstring.value = rewritten(obj.docstring.value, obj.module.path, holder.path)
+        members = obj.module.members.items()
+        own = {name for name, member in members if not member.is_alias and (member.is_class or member.is_function)}
+        obj.docstring.value = rewritten(obj.docstring.value, obj.module.path, holder.path, own)
