@@ -18,7 +18,7 @@ CXX_FILES  := $(shell find $(call there,csrc tests) -name '*.h' -o -name '*.cpp'
 CPU_FILES  := $(shell find $(call there,csrc/cpu) -type f) $(wildcard csrc/*.h csrc/*.cpp)
 CUDA_FILES := $(shell find $(call there,csrc/cuda) -type f) $(wildcard csrc/*.h)
 
-.PHONY: train test check fuzz test-distributed triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize release install-check lock clean
+.PHONY: train test check fuzz test-distributed triton triton-versions extension cuda cuda-host lint format types timing mutants faults sanitize docs release install-check lock clean
 
 train: $(BUILT)
 	$(BIN)/protomem train $(ARGS)
@@ -31,7 +31,7 @@ PYTEST   := $(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 # The output stays in order where make can do that (4.0 and later). What is timed runs alone.
 TOGETHER := -j 4 $(if $(filter output-sync,$(.FEATURES)),--output-sync)
 test:
-	$(MAKE) $(TOGETHER) lint types extension $(CUDA_PART)
+	$(MAKE) $(TOGETHER) lint types docs extension $(CUDA_PART)
 	$(MAKE) timing mutants
 	$(PYTEST) -m "not timing" --cov --cov-report= $(ARGS)
 	$(MAKE) triton ARGS="--cov --cov-append --cov-report=term --cov-fail-under=90 $(ARGS)"
@@ -122,6 +122,10 @@ sanitize: $(READY)
 	@echo "sanitize: the contract suites are clean under address,undefined, with every instruction set"
 	PROTOMEM_STRESS=required $(BIN)/python -m pytest -v --no-header --no-cov tests/backends/cpu/test_stress.py
 	@echo "sanitize: the stress programs are clean under thread and under address,undefined"
+
+# The documentation's site, into build/site; every warning is an error. The page of the command line is the command's own.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
 
 # The compiled CPU part, into protomem_kernels/: built again when its sources change, and only what changed.
 extension: $(BUILT)

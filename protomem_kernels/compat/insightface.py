@@ -212,7 +212,7 @@ class PartialFC_V2(MarginSoftmaxLoss):  # noqa: N801  # insightface's name
     Attributes:
         weight: (num_local, D) parameter: classes ``class_start`` to ``class_start + num_local``, by name and layout the
             original's, so that ``state_dict()`` of each rank goes both ways.
-        rank, world_size, num_local, class_start, num_sample: as in the original.
+        rank: as in the original, and so are ``world_size``, ``num_local``, ``class_start`` and ``num_sample``.
         weight_index: (K,) the rows of ``weight`` that the last step ran over, where ``sample_rate`` < 1.
 
     Shapes:

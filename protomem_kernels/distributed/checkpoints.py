@@ -78,7 +78,7 @@ def save_async(path: str | os.PathLike[str], module: nn.Module, optimizer: Optim
         logged as well.
 
     Raises:
-        as ``save``; what comes while writing out of the future.
+        TypeError, ValueError, RuntimeError: as ``save`` does; what comes while writing out of the future.
         ValueError: also a ``process_group`` of some of the world's ranks.
     """
     folder, ranks, state = _agreed_state(path, module, optimizer, lambda tensor: tensor.detach().to("cpu", copy=True))
