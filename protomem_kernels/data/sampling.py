@@ -16,7 +16,8 @@ look-alikes meet in one batch.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -99,11 +100,14 @@ def _nth(counts: Tensor) -> Tensor:
     return torch.arange(len(owners)) - _starts(counts)[owners]
 
 
-def _schedule(turns: list[int], counts: list[int], sizes: list[int], neighbours: Tensor | None) -> list[list[int]]:
-    """Hand out every group to one batch; a batch is a list of identities (rows), one entry per group.
+def _schedule(
+    turns: list[int], counts: list[int], sizes: list[int], neighbours_for: Callable[[int], Tensor | None]
+) -> Iterator[list[int]]:
+    """Hand out every group to one batch; yield the batches, lists of identities (rows), one entry per group.
 
     ``turns`` is the wanted order: identity c stands in it ``counts[c]`` times. ``sizes`` are the batch sizes, falling,
-    differing by at most one, with the same sum. ``neighbours`` (C, K), -1 for none, are pulled in behind each identity.
+    differing by at most one, with the same sum. ``neighbours_for(batch)`` is asked before each batch: (C, K), -1 for
+    none, which are pulled in behind each identity.
 
     An identity whose turn comes while it is already in the batch waits for the next one. One that has as many groups
     left as there are batches left goes in at once: with that, distinct identities are always found as long as no
@@ -116,7 +120,6 @@ def _schedule(turns: list[int], counts: list[int], sizes: list[int], neighbours:
     fullest = [(-count, c) for c, count in enumerate(counts)]  # heap; entries may be stale, never too small
     heapq.heapify(fullest)
     coming = iter(turns)
-    batches: list[list[int]] = []
     batch: list[int] = []
     present: set[int] = set()
 
@@ -145,7 +148,8 @@ def _schedule(turns: list[int], counts: list[int], sizes: list[int], neighbours:
         # Only identities of this batch are left: they have more groups than there are batches.
         return max(waiting, key=waiting.__getitem__)
 
-    for batches_left, size in zip(range(len(sizes), 0, -1), sizes, strict=True):
+    for index, size in enumerate(sizes):
+        batches_left, neighbours = len(sizes) - index, neighbours_for(index)
         batch, present = [], set()
         due = []
         while fullest and -fullest[0][0] >= batches_left:
@@ -167,8 +171,7 @@ def _schedule(turns: list[int], counts: list[int], sizes: list[int], neighbours:
                 break
             anchors = [next_in_turn()]
             take(anchors[0])
-        batches.append(batch)
-    return batches
+        yield batch
 
 
 class IdentityBatchSampler(Sampler[list[int]]):
@@ -309,17 +312,29 @@ class IdentityBatchSampler(Sampler[list[int]]):
         share, rest = divmod(len(turns), batches)
         sizes = [share + 1] * rest + [share] * (batches - rest)
         in_step = replicas if sharing is None or sharing.everywhere else 1
-        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, self._neighbours(in_step))
+        stretch = batches if self._stretch is None else self._stretch * replicas
+        table: Tensor | None = None
 
-        # The t-th time that an identity stands in the schedule, it brings its t-th group.
-        owners = torch.tensor([c for batch in schedule for c in batch])
-        nth = torch.empty_like(owners)
-        nth[torch.argsort(owners, stable=True)] = _nth(counts)
-        dealt = groups[_starts(self._counts)[owners] + nth % self._counts[owners]]
-        rows = torch.tensor_split(dealt, torch.tensor(sizes).cumsum(0)[:-1])
-        order = torch.randperm(batches, generator=generator)
-        for index in (order[self.rank :: replicas] if sharing is None else order).tolist():
-            yield rows[index].flatten().tolist()
+        def neighbours_for(batch: int) -> Tensor | None:
+            nonlocal table
+            if batch % stretch == 0:
+                table = self._neighbours(in_step)
+            return table
+
+        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, neighbours_for)
+        brought = torch.zeros_like(self._counts)
+        while batch_owners := list(itertools.islice(schedule, stretch)):
+            # The t-th time that an identity stands in the schedule, it brings its t-th group.
+            owners = torch.tensor([c for batch in batch_owners for c in batch])
+            here = torch.bincount(owners, minlength=len(self._counts))
+            nth = torch.empty_like(owners)
+            nth[torch.argsort(owners, stable=True)] = _nth(here)
+            dealt = groups[_starts(self._counts)[owners] + (brought[owners] + nth) % self._counts[owners]]
+            brought += here
+            rows = torch.tensor_split(dealt, torch.tensor([len(batch) for batch in batch_owners]).cumsum(0)[:-1])
+            order = torch.randperm(len(rows), generator=generator)
+            for index in (order[self.rank :: replicas] if sharing is None else order).tolist():
+                yield rows[index].flatten().tolist()
 
     def _turns(self, batches: int, generator: torch.Generator) -> Tensor:
         """The identities (rows) in the order in which their groups are to be handed out: (groups of this epoch,)."""
@@ -332,8 +347,10 @@ class IdentityBatchSampler(Sampler[list[int]]):
             order = order.repeat(-(-batches // len(order)))[:batches]
         return owners[order]
 
+    _stretch: int | None = None  # batches of a rank that are planned, and shuffled, together; None: an epoch's
+
     def _neighbours(self, in_step: int) -> Tensor | None:
-        """Neighbours of each identity (rows), for so many ranks that begin the epoch together."""
+        """Neighbours of each identity (rows) for the next stretch, for so many ranks that begin it together."""
         return None
 
 
@@ -361,9 +378,10 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
     are those of :class:`IdentityBatchSampler`. An identity that the memory does not hold has no neighbours, so with an
     empty memory the batches are random. The batches are a function of ``(seed, epoch)`` and of the memory.
 
-    The neighbours are looked up anew at the start of each epoch (:meth:`refresh`). Where ``num_replicas`` is the world
-    size of ``torch.distributed``, the list of rank 0 holds for all ranks, so that their shares stay disjoint whatever
-    the rounding on each of them; all ranks have to start their epochs together.
+    The neighbours are looked up anew at the start of each epoch (:meth:`refresh`) and every ``refresh_every`` batches:
+    on a large data set the first epoch is most of a training, and begins with an empty memory. Where ``num_replicas``
+    is the world size of ``torch.distributed``, the list of rank 0 holds for all ranks, so that their shares stay
+    disjoint whatever the rounding on each of them; all ranks have to draw their batches in step.
 
     Source: Smirnov et al., "Doppelganger Mining for Face Representation Learning" (ICCV Workshops 2017), which keeps a
     list of the most similar identity of each; here the prototypes of the memory say who is similar.
@@ -375,6 +393,8 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
         images_per_identity: as in :class:`IdentityBatchSampler`.
         neighbours: how many nearest neighbours of each anchor to look up, at least 1. 1 makes pairs of look-alikes,
             more makes a batch harder and less varied.
+        refresh_every: batches of a rank between two look-ups, at least 1. One costs as much as all cosines of the
+            memory with itself, as much as a step's loss with a batch of M samples.
         seed: as in :class:`IdentityBatchSampler`.
         num_replicas: as in :class:`IdentityBatchSampler`.
         rank: as in :class:`IdentityBatchSampler`.
@@ -399,6 +419,7 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
         images_per_identity: int,
         *,
         neighbours: int = 3,
+        refresh_every: int = 1000,
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -413,13 +434,13 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
             rank=rank,
             drop_last=drop_last,
         )
-        _at_least(1, neighbours=neighbours)
-        self.memory = memory
+        _at_least(1, neighbours=neighbours, refresh_every=refresh_every)
+        self.memory, self._stretch = memory, refresh_every
         self.neighbours = neighbours
         self._table = torch.full((len(self._counts), 0), -1)
 
     def refresh(self) -> None:
-        """Look up the neighbours of every identity in the memory. Each epoch begins with it."""
+        """Look up the neighbours of every identity in the memory. Each stretch of an epoch begins with it."""
         self._look_up(self.num_replicas)
 
     def _look_up(self, in_step: int) -> None:

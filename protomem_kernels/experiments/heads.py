@@ -21,6 +21,8 @@ from protomem_kernels.training.errors import RunError
 from protomem_kernels.training.heads import build_loss
 from protomem_kernels.training.steps import BETAS, parameter_groups
 
+LOOK_UP_EVERY = 50  # steps between two look-ups of look-alikes: a trial is about one epoch
+
 
 class TrialHead:
     """A loss with prototypes, and the optimisers of a trial.
@@ -97,7 +99,7 @@ class MemoryHead(TrialHead):
         if trial.sampler == "random":
             return super().sampler(trial, labels, seed)
         each = trial.train.identities_per_batch, trial.train.images_per_identity
-        return DoppelgangerBatchSampler(labels, self.loss.memory, *each, seed=seed)
+        return DoppelgangerBatchSampler(labels, self.loss.memory, *each, refresh_every=LOOK_UP_EVERY, seed=seed)
 
 
 class ClassWeights(TrialHead):

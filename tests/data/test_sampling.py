@@ -70,6 +70,7 @@ def build(options: dict, **more) -> list:
     kind = IdentityBatchSampler
     if options.pop("doppelgangers"):
         kind, options["memory"] = DoppelgangerBatchSampler, RandomMemory(options["seed"] % 2**31)
+        options["refresh_every"] = 1 + options["seed"] % 4
     return [kind(rank=rank, **options) for rank in range(options["num_replicas"])]
 
 
@@ -247,6 +248,36 @@ def test_labels_are_looked_up_once_each_and_anew_each_epoch(monkeypatch):
     assert memory.calls == [[5, 30], [907]] * 2
     sampler.refresh()
     assert len(memory.calls) == 6
+
+
+def test_a_memory_that_fills_within_an_epoch_is_asked_within_it():
+    """The first epoch on a large data set begins with an empty memory, and may be all that is ever trained."""
+    twins = torch.nn.functional.normalize(torch.randn(20, 8)).repeat_interleave(2, dim=0)
+    labels = torch.arange(40).repeat_interleave(40)
+
+    def twins_together(refresh_every: int) -> float:
+        memory = PrototypeMemory(64, 8)
+        sampler = DoppelgangerBatchSampler(labels, memory, 8, 2, neighbours=1, refresh_every=refresh_every)
+        paired = []
+        for batch in sampler:
+            present = labels[batch].unique()
+            memory.update(twins[present], present)
+            paired.append(sum(int(c) ^ 1 in present for c in present) / len(present))
+        assert len(paired) == 100
+        assert sorted(set(paired[:10])) != [1.0]
+        return sum(paired[20:80]) / 60
+
+    assert twins_together(10) > 0.9
+    assert twins_together(100) < 0.4
+
+
+def test_look_ups_are_counted_in_batches_of_a_rank():
+    labels = torch.arange(40).repeat_interleave(8)
+    for ranks, batches in ((1, 40), (2, 20)):
+        memory = RingMemory(40)
+        sampler = DoppelgangerBatchSampler(labels, memory, 4, 2, num_replicas=ranks, rank=0, refresh_every=7)
+        assert len(list(sampler)) == batches
+        assert len(memory.calls) == ceil(batches / 7)
 
 
 def test_labels_may_be_as_large_as_int64():
@@ -507,6 +538,8 @@ def test_two_who_share_out_among_different_numbers(shard):
 def test_bad_neighbours_and_a_bad_memory():
     with pytest.raises(ValueError, match="neighbours must be at least 1, got 0"):
         DoppelgangerBatchSampler([0, 1], RingMemory(2), 2, 1, neighbours=0)
+    with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):
+        DoppelgangerBatchSampler([0, 1], RingMemory(2), 2, 1, refresh_every=0)
 
     class Flat:
         def doppelgangers(self, labels, k):
