@@ -165,8 +165,7 @@ def commit() -> str:
     else's checkout, which does not track it.
     """
     here = Path(__file__)
-    package, compiled = here.parents[1], here.parents[2] / "csrc"
-    sources = [str(package), *([str(compiled)] if compiled.is_dir() else [])]
+    sources = str(here.parents[1]), ":/csrc"
     try:
         _git(here.parent, "ls-files", "--error-unmatch", here.name)
         changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", *sources)
