@@ -158,7 +158,7 @@ def pytest_configure() -> None:
 
     folder, sanitized = Path(os.environ["PROTOMEM_SANITIZED"]), cpu.OBJECT
     assert sanitized is not None, cpu.BACKEND.unavailable()
-    assert folder in Path(sanitized.__file__).parents, f"{sanitized.__file__} is not in {folder}"
+    assert folder in Path(sanitized.path).parents, f"{sanitized.path} is not in {folder}"
     assert "-fsanitize=address,undefined" in sanitized.flags, sanitized.flags
 
 
