@@ -62,7 +62,8 @@ def over(places: dict[str, tuple[str, list[pytest.MarkDecorator]]]) -> pytest.Ma
 
 each_backend = over(PLACES)
 # For an operator on a batch alone, for which "chunked" has the kernels of "triton".
-each_backend_of_batches = over({name: place for name, place in PLACES.items() if place[0] != "chunked"})
+PLACES_OF_BATCHES = {name: place for name, place in PLACES.items() if place[0] != "chunked"}
+each_backend_of_batches = over(PLACES_OF_BATCHES)
 # For the operators that fuse what samples need, of which the compiled objects have none.
 each_fusing_backend = over({name: place for name, place in PLACES.items() if place[0] in ("reference", "triton")})
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ import torch
 import protomem_kernels as pmk
 from protomem_kernels.identities import find_slots
 from protomem_kernels.ops.enqueue import POLICIES
-from tests.ops.cases import PLACES, each_backend_of_batches, far_apart, interpreted, strided
+from tests.ops.cases import PLACES_OF_BATCHES, each_backend_of_batches, far_apart, interpreted, strided
 from tests.ops.properties import RuleBasedStateMachine, initialize, invariant, precondition, rule, settings, st
 
 LAST = 2**63 - 1
@@ -164,7 +164,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 def machine_test(place: str, policy: str) -> type:
-    backend, marks = PLACES[place]
+    backend, marks = PLACES_OF_BATCHES[place]
     machine = type(f"{place}_{policy}", (MemoryMachine,), {"backend": backend, "policy": policy})
     case: type = machine.TestCase
     case.pytestmark = [*marks, pytest.mark.no_cover]
@@ -175,7 +175,7 @@ def machine_test(place: str, policy: str) -> type:
 
 
 globals().update(
-    {f"TestMemory_{place}_{policy}": machine_test(place, policy) for place in PLACES for policy in POLICIES}
+    {f"TestMemory_{place}_{policy}": machine_test(place, policy) for place in PLACES_OF_BATCHES for policy in POLICIES}
 )
 
 
