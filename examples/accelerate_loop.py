@@ -2,8 +2,12 @@
 
     torchrun --standalone --nproc-per-node=2 examples/accelerate_loop.py
 
-Needs accelerate. Encoder and optimiser are prepared; the head stays outside, as it shares a memory of its own between
-the processes. The sampler knows the processes by itself, whether its loader is prepared or not.
+Shows: encoder and optimiser are prepared; the head stays outside, as it shares a memory of its own between the
+processes. The sampler knows the processes by itself, whether its loader is prepared or not. The images are random
+vectors of twelve identities.
+Needs: ``pip install protomem-kernels accelerate``.
+Takes: 10 seconds on two cores (20 of CPU time with two processes), nearly all of them imports.
+Prints: the loss from 0.60 to 0.12 on each rank, and how many of the 12 identities its shard holds: 10 and 2.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 """One prototype memory over several processes: the encoder under DistributedDataParallel, the memory sharded.
 
-    torchrun --standalone --nproc-per-node=2 examples/distributed.py --steps 100 --folder trained
-    torchrun --standalone --nproc-per-node=3 examples/distributed.py --steps 200 --folder trained   # goes on
+    torchrun --standalone --nproc-per-node=2 examples/distributed.py --steps 150 --folder trained
+    torchrun --standalone --nproc-per-node=3 examples/distributed.py --steps 300 --folder trained   # goes on
 
-Each start goes on with what lies in the folder, saved by however many processes. Needs the ``train`` extra (the images
-and the metrics). On a machine with GPUs each process takes one of them. ``protomem train`` under torchrun does all of
-this by itself; here it is written out.
+Shows: a head with a process group, and one checkpoint that any number of processes goes on with: each start takes up
+what lies in the folder. ``protomem train`` under torchrun does all of this by itself; here it is written out.
+Needs: ``pip install 'protomem-kernels[train]'`` (the images and the metrics).
+Takes: 20 seconds on two cores (37 of CPU time, both processes and their imports).
+Prints: the loss on all ranks, and verification accuracy 0.896 on ten unseen people (raw pixels: 0.836) after 150 steps.
+
+On a machine with GPUs each process takes one of them, over NCCL. That is written, and no GPU has run it yet.
 """
 
 from __future__ import annotations

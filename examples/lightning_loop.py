@@ -2,8 +2,13 @@
 
     python examples/lightning_loop.py [processes] [folder]
 
-Needs lightning. The head lies in the module. With several processes it is made where the process group is there already
-(``configure_model``), and told to DistributedDataParallel, into which Lightning puts the module.
+Shows: the head in the module. With several processes it is made where the process group is there already
+(``configure_model``), and told to DistributedDataParallel, into which Lightning puts the module. A callback logs how
+the memory is. The images are random vectors of twelve identities.
+Needs: ``pip install protomem-kernels lightning``.
+Takes: 10 seconds on two cores (14 of CPU time with two processes), nearly all of them imports.
+Prints: the loss from 0.60 to 0.12 on each rank, and what the callback logged: 12 identities, refreshes that
+move rows by 0.0004 ...
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import doctest
 import re
-import runpy
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +15,8 @@ import pytest
 import protomem_kernels as pmk
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "csrc" / "cuda_host" / "README.md"]
+READMES = [ROOT / folder / "README.md" for folder in (".", "csrc/cuda_host", "examples")]
+PAGES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_example_of_the_readme_runs() -> None:
@@ -38,12 +38,6 @@ def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-
-
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    scope = runpy.run_path(str(ROOT / "examples" / "custom_loop.py"))
-    assert 0.5 < scope["main"](steps=4) <= 1
-    assert "identities in the memory" in capsys.readouterr().out
 
 
 def blocks(page: str, language: str) -> list[str]:
