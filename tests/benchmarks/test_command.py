@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import protomem_kernels.cli as cli
 from benchmarks import __main__ as main
-from benchmarks import command, results
+from benchmarks import command, last, results
 from benchmarks.results import verdict
 
 MACHINE = ("date", "cpu", "flags", "cores", "threads", "torch", "capability", "backends")
@@ -76,8 +76,9 @@ def test_verdict(value: float, must: float, aim: float, expected: tuple[bool, bo
     assert verdict(value, must, aim) == expected
 
 
-def test_the_example_of_verdict_is_true() -> None:
+def test_the_examples_are_true() -> None:
     assert doctest.testmod(results) == (0, 1)
+    assert doctest.testmod(last) == (0, 1)
 
 
 def test_quick_passes_where_every_must_is_met(measured: Any, tmp_path: Path) -> None:
@@ -133,6 +134,31 @@ def test_writes_tables_csv_json_and_plots(measured: Any, tmp_path: Path) -> None
     assert lines[1]["peak_extra_bytes"] == str(3 << 20)
     for plot in ("ratio_to_g.png", "against_memory_size.png", "against_identities.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG"), plot
+
+
+def test_a_run_is_held_against_the_last_one_on_such_a_machine(measured: Any, tmp_path: Path) -> None:
+    measured(ROWS)
+    assert "last time" not in invoke("--output", str(tmp_path), "--threads", "3").output
+    slower = [{**row, "ratio": 2.5} for row in ROWS]
+    measured(slower[:1])  # a part: what it leaves out is kept
+    assert "2.00 (+25 %)" in invoke("--output", str(tmp_path), "--threads", "3").output
+    measured(slower)
+    again = invoke("--output", str(tmp_path), "--threads", "3").output
+    assert (again.count("2.50 (+0 %)"), again.count("2.00 (+25 %)")) == (1, len(ROWS) - 1)
+    lasts = [row["last"] for row in json.loads((tmp_path / "results.json").read_text())["results"]]
+    assert lasts == [2.5, *[2.0] * (len(ROWS) - 1)]
+    assert "last time" not in invoke("--output", str(tmp_path), "--threads", "2").output  # another machine, as it were
+    assert "2.50 (+0 %)" in invoke("--output", str(tmp_path), "--threads", "3").output
+
+
+@pytest.mark.parametrize("held", ["", "[]", '{"a": 3}', '{"a": {"b": "c"}}'])
+def test_what_is_no_last_run_is_none(measured: Any, tmp_path: Path, held: str) -> None:
+    (tmp_path / "last.json").write_text(held)
+    measured([figure("forward", 1.0, 1.08, 0.8), figure("memory", 0.0, 100, 32, "MiB")])
+    assert invoke("--quick", "--output", str(tmp_path)).exit_code == 0
+    again = invoke("--quick", "--output", str(tmp_path)).output
+    assert "1.00 (+0 %)" in again
+    assert "0.00" in again
 
 
 def test_draws_only_what_was_measured(measured: Any, tmp_path: Path) -> None:
