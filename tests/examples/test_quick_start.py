@@ -30,7 +30,7 @@ def test_it_runs_to_the_figures_that_it_shows(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         shown = nbformat.read(EXAMPLES / "quick_start.ipynb", as_version=4)
         again = nbformat.from_dict(shown)
-        nbclient.NotebookClient(again, timeout=300, startup_timeout=120, kernel_name="python3").execute()
+        nbclient.NotebookClient(again, timeout=600, startup_timeout=300, kernel_name="python3").execute()
     expected, found = figures(shown), figures(again)
     assert expected.keys() == found.keys() == {*EXACT, *NEAR}
     assert {name: found[name] for name in EXACT} == {name: expected[name] for name in EXACT}
