@@ -183,11 +183,11 @@ def test_reset_is_a_new_memory():
 
 
 def test_length_truth_and_repr():
-    memory = PrototypeMemory(6, 4, policy="lru", refresh_ratio=0.5)
+    memory = PrototypeMemory(6, 4, policy="lru", refresh_ratio=0.75)
     assert len(memory) == 0
     assert bool(memory)
     assert (
-        repr(memory) == "PrototypeMemory(0/6 identities, embedding_dim=4, refresh_ratio=0.5, policy='lru', "
+        repr(memory) == "PrototypeMemory(0/6 identities, embedding_dim=4, refresh_ratio=0.75, policy='lru', "
         "dtype=torch.float32)"
     )
     memory.update(torch.ones(1, 4), torch.tensor([5]))

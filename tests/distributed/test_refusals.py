@@ -72,7 +72,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "mining": {"mining": pmk.HardestNegatives(2)},
     "quality": {"quality": pmk.NormQuality()},
     "policy": {"policy": "lru"},
-    "refresh_ratio": {"refresh_ratio": 0.5},
+    "refresh_ratio": {"refresh_ratio": 0.2},
     "reduction": {"reduction": "sum"},
     "the memory's dtype": {"dtype": torch.float64},
     "average_gradients": {"average_gradients": False},
