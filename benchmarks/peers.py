@@ -273,7 +273,7 @@ def eager_aggregate_without_rules(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager_enqueue_(
-    state: pmk.MemoryState, prototypes: Tensor, identities: Tensor, refresh_ratio: float = 0.2
+    state: pmk.MemoryState, prototypes: Tensor, identities: Tensor, refresh_ratio: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """``enqueue_`` (fifo; usable rows, distinct identities): the slots (P,) and the evicted identities (P,).
 
