@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import protomem_kernels as pmk
-from benchmarks.last import change, with_last
+from benchmarks.last import with_last
 from benchmarks.plots import draw_plots
 from benchmarks.results import Results, read_results, verdict, write_results
 from protomem_kernels.cli.errors import CommandError, errors_in_one_line
@@ -148,7 +148,7 @@ def _run_suite(file: str, options: list[str], output: Path, select: str, console
 
 def _figures(results: Results) -> Table:
     """Return the table of the figures that the project holds itself to."""
-    table = Table("figure", "measured", "must", "aim", "last time", title=_title(results), title_justify="left")
+    table = Table("figure", "measured", "must", "aim", "last", "change", title=_title(results), title_justify="left")
     for row in results.rows:
         unit = {"times": "", "times faster": "x"}.get(row["unit"], f" {row['unit']}")
         met = verdict(row["value"], row["must"], row["aim"])
@@ -157,7 +157,7 @@ def _figures(results: Results) -> Table:
             f"{row['value']:.2f}{unit}",
             f"{row['must']:g}{unit} {'[green]pass[/]' if met.must else '[red]MISS[/]'}",
             f"{row['aim']:g}{unit} {'[green]pass[/]' if met.aim else '[dim]not yet[/]'}",
-            change(row),
+            *(COLUMNS[column](row[column]) if column in row else "" for column in ("last", "change")),
         )
     return table
 
@@ -176,6 +176,8 @@ COLUMNS: dict[str, Callable[[Any], str]] = {
     "seconds": "{:.3g}".format,
     "peak_extra_bytes": lambda value: f"{value / 2**20:,.0f} MiB",
     "times_the_copying": "{:.1f}".format,
+    "last": "{:.2f}".format,
+    "change": "{:+.0%}".format,
 }
 
 
@@ -185,13 +187,10 @@ def _tables(results: Results) -> list[Table]:
     for operator in dict.fromkeys(row["operator"] for row in results.rows):
         rows = [row for row in results.rows if row["operator"] == operator]
         columns = [column for column in COLUMNS if any(column in row for row in rows)]
-        compared = any("last" in row for row in rows)
         headers = [column.replace("_", " ").replace("ratio", rows[0]["unit"]) for column in columns]
-        headers += ["last time"] if compared else []
         table = Table(*headers, title=f"{operator}\n{_title(results)}", title_justify="left")
         for row in rows:
-            cells = [COLUMNS[column](row[column]) if column in row else "" for column in columns]
-            table.add_row(*cells, *([change(row)] if compared else []))
+            table.add_row(*(COLUMNS[column](row[column]) if column in row else "" for column in columns))
         tables.append(table)
     return tables
 

@@ -18,7 +18,9 @@ SUCH = ("cpu", "gpu", "capability", "threads", "dtype")  # what has to be alike 
 
 
 def with_last(folder: Path, results: Results) -> Results:
-    """Add to each row its figure of the last run, as ``last``, where there was one; keep this run's for the next.
+    """Add to each row that the last run had too its figure then, ``last``, and by what share it grew since, ``change``.
+
+    This run's figures are kept for the next.
 
     Args:
         folder: of the results.
@@ -27,7 +29,7 @@ def with_last(folder: Path, results: Results) -> Results:
     kept = _read(folder / FILE)
     here = ", ".join(str(results.machine.get(key) or "none") for key in SUCH)
     before = kept.get(here, {})
-    rows = [{**row, "last": before[row["name"]]} if row["name"] in before else row for row in results.rows]
+    rows = [row | _since(row, before.get(row["name"])) for row in results.rows]
     kept[here] = before | {row["name"]: figure_of(row) for row in results.rows}
     with written_whole(folder / FILE) as temporary:
         temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -39,16 +41,10 @@ def figure_of(row: dict[str, Any]) -> float:
     return float(next(row[key] for key in ("ratio", "value", "seconds") if key in row))
 
 
-def change(row: dict[str, Any]) -> str:
-    """Return the last figure and what became of it, or nothing.
-
-    >>> change({"ratio": 1.1, "last": 1.0}), change({"ratio": 1.1})
-    ('1.00 (+10 %)', '')
-    """
-    if "last" not in row:
-        return ""
-    became = f" ({100 * (figure_of(row) / row['last'] - 1):+.0f} %)" if row["last"] else ""
-    return f"{row['last']:.2f}{became}"
+def _since(row: dict[str, Any], last: float | None) -> dict[str, float]:
+    if not last:  # of nothing, which a peak of memory may be, no change is a share
+        return {} if last is None else {"last": last}
+    return {"last": last, "change": figure_of(row) / last - 1}
 
 
 def _read(file: Path) -> dict[str, dict[str, float]]:

@@ -112,10 +112,11 @@ def _is_seen_elsewhere(item: pytest.Item) -> bool:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if parameters.get("backend") != "chunked":
         return False
-    split = str(parameters.get("dtype")) in ("torch.float64", "torch.float16") or "many_tiles" in item.name
-    split = split or "64x9001x8-bfloat16" in item.name
-    one_tile = "test_ties_go_to_the_lower_slot" in item.name  # which is found by Triton's kernels alone
-    return split or one_tile or "chosen" in item.name or item.path.name in ("test_registration.py", "test_versions.py")
+    split = str(parameters.get("dtype")) in ("torch.float64", "torch.float16")
+    # The last is found by Triton's kernels alone.
+    named = ("many_tiles", "64x9001x8-bfloat16", "chosen", "test_ties_go_to_the_lower_slot")
+    whole = item.path.name in ("test_registration.py", "test_versions.py")
+    return split or whole or any(name in item.name for name in named)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -101,13 +101,13 @@ def _nth(counts: Tensor) -> Tensor:
 
 
 def _schedule(
-    turns: list[int], counts: list[int], sizes: list[int], neighbours_for: Callable[[int], Tensor | None]
+    turns: list[int], counts: list[int], sizes: list[int], tables: Iterable[Tensor | None]
 ) -> Iterator[list[int]]:
     """Hand out every group to one batch; yield the batches, lists of identities (rows), one entry per group.
 
     ``turns`` is the wanted order: identity c stands in it ``counts[c]`` times. ``sizes`` are the batch sizes, falling,
-    differing by at most one, with the same sum. ``neighbours_for(batch)`` is asked before each batch: (C, K), -1 for
-    none, which are pulled in behind each identity.
+    differing by at most one, with the same sum. ``tables`` has the neighbours for each batch, or None: (C, K), -1 for
+    none, which are pulled in behind each identity. The next one is asked for when the next batch is.
 
     An identity whose turn comes while it is already in the batch waits for the next one. One that has as many groups
     left as there are batches left goes in at once: with that, distinct identities are always found as long as no
@@ -148,8 +148,7 @@ def _schedule(
         # Only identities of this batch are left: they have more groups than there are batches.
         return max(waiting, key=waiting.__getitem__)
 
-    for index, size in enumerate(sizes):
-        batches_left, neighbours = len(sizes) - index, neighbours_for(index)
+    for batches_left, size, neighbours in zip(range(len(sizes), 0, -1), sizes, tables, strict=False):
         batch, present = [], set()
         due = []
         while fullest and -fullest[0][0] >= batches_left:
@@ -217,6 +216,8 @@ class IdentityBatchSampler(Sampler[list[int]]):
         [0, 1, 2, 3, 4, 5]
 
     """
+
+    _stretch: int | None = None  # batches of a rank that are planned, and shuffled, together; None: an epoch's
 
     def __init__(
         self,
@@ -313,15 +314,9 @@ class IdentityBatchSampler(Sampler[list[int]]):
         sizes = [share + 1] * rest + [share] * (batches - rest)
         in_step = replicas if sharing is None or sharing.everywhere else 1
         stretch = batches if self._stretch is None else self._stretch * replicas
-        table: Tensor | None = None
-
-        def neighbours_for(batch: int) -> Tensor | None:
-            nonlocal table
-            if batch % stretch == 0:
-                table = self._neighbours(in_step)
-            return table
-
-        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, neighbours_for)
+        looked_up = (itertools.repeat(self._neighbours(in_step), stretch) for _ in itertools.count())
+        tables = itertools.chain.from_iterable(looked_up)
+        schedule = _schedule(turns.tolist(), counts.tolist(), sizes, tables)
         brought = torch.zeros_like(self._counts)
         while batch_owners := list(itertools.islice(schedule, stretch)):
             # The t-th time that an identity stands in the schedule, it brings its t-th group.
@@ -346,8 +341,6 @@ class IdentityBatchSampler(Sampler[list[int]]):
         elif len(order) < batches:  # fewer groups than ranks
             order = order.repeat(-(-batches // len(order)))[:batches]
         return owners[order]
-
-    _stretch: int | None = None  # batches of a rank that are planned, and shuffled, together; None: an epoch's
 
     def _neighbours(self, in_step: int) -> Tensor | None:
         """Neighbours of each identity (rows) for the next stretch, for so many ranks that begin it together."""
@@ -378,7 +371,7 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
     are those of :class:`IdentityBatchSampler`. An identity that the memory does not hold has no neighbours, so with an
     empty memory the batches are random. The batches are a function of ``(seed, epoch)`` and of the memory.
 
-    The neighbours are looked up anew at the start of each epoch (:meth:`refresh`) and every ``refresh_every`` batches:
+    The neighbours are looked up anew at the start of each epoch and every ``refresh_every`` batches:
     on a large data set the first epoch is most of a training, and begins with an empty memory. Where ``num_replicas``
     is the world size of ``torch.distributed``, the list of rank 0 holds for all ranks, so that their shares stay
     disjoint whatever the rounding on each of them; all ranks have to draw their batches in step.
@@ -437,13 +430,8 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
         _at_least(1, neighbours=neighbours, refresh_every=refresh_every)
         self.memory, self._stretch = memory, refresh_every
         self.neighbours = neighbours
-        self._table = torch.full((len(self._counts), 0), -1)
 
-    def refresh(self) -> None:
-        """Look up the neighbours of every identity in the memory. Each stretch of an epoch begins with it."""
-        self._look_up(self.num_replicas)
-
-    def _look_up(self, in_step: int) -> None:
+    def _neighbours(self, in_step: int) -> Tensor:
         known = self._catalogue.identities
         device = _device_of(self.memory)
         with torch.no_grad():
@@ -458,16 +446,12 @@ class DoppelgangerBatchSampler(IdentityBatchSampler):
             )
         # From labels to rows; what the memory holds and this data set does not is no neighbour.
         rows = torch.searchsorted(known, found).clamp(max=len(known) - 1)
-        self._table = torch.where((found >= 0) & (known[rows] == found), rows, -1)
+        table = torch.where((found >= 0) & (known[rows] == found), rows, -1)
         if in_step > 1 and _distributed() and dist.get_world_size() == in_step:
             where = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-            shared = self._table.to(where)
-            dist.broadcast(shared, src=0)
-            self._table = shared.cpu()
-
-    def _neighbours(self, in_step: int) -> Tensor:
-        self._look_up(in_step)
-        return self._table
+            table = table.to(where)
+            dist.broadcast(table, src=0)
+        return table.cpu()
 
 
 def _distributed() -> bool:

@@ -246,7 +246,7 @@ def test_labels_are_looked_up_once_each_and_anew_each_epoch(monkeypatch):
     assert memory.calls == [[5, 30], [907]]
     list(sampler)
     assert memory.calls == [[5, 30], [907]] * 2
-    sampler.refresh()
+    list(sampler)
     assert len(memory.calls) == 6
 
 
@@ -376,8 +376,7 @@ def test_a_hash_whose_bits_are_those_of_none_is_nobodys_neighbour():
             return torch.zeros(len(labels), k), torch.full((len(labels), k), -1)
 
     sampler = DoppelgangerBatchSampler(HASHES, Memory(), 2, 2)
-    sampler.refresh()
-    assert (sampler._table == -1).all()
+    assert (sampler._neighbours(1) == -1).all()
 
 
 @pytest.mark.parametrize(

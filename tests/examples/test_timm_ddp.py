@@ -37,9 +37,9 @@ def test_two_processes_train_as_one_does(
 ) -> None:
     (tmp_path / "timm.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setitem(sys.modules, "timm", None)  # so that what is there now, or nothing, is there again at the end
+    del sys.modules["timm"]
     runpy.run_path(str(EXAMPLES / "timm_ddp.py"))["main"]("a_model", pretrained=False, steps=8)
-    monkeypatch.delitem(sys.modules, "timm")
     one = told(capsys.readouterr().out, 1)
     two = told(run("timm_ddp.py", "--model", "a_model", "--steps", "8", processes=2, path=tmp_path), 2)
     assert sorted(one) == sorted(two) == [1, 8]

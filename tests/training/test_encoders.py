@@ -97,6 +97,7 @@ def test_a_backbone_with_a_hidden_layer_at_its_end(monkeypatch):
 def test_a_torchvision_that_does_not_fit_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
     assert_refused(train(tiny, "--encoder", "resnet18"), "timm cannot be imported (operator torchvision::nms does")
 
 
